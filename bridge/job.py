@@ -1,0 +1,78 @@
+"""The entry point of every job process: `-m bridge.job MODULE CONFIG.json` runs `MODULE.main(config)`.
+
+It imports nothing heavy before the job's own module, so that a rank is bound to its launcher's life from the
+first milliseconds on.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import BridgeworksError, InputError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to end this process when its parent ends; Linux only, elsewhere without effect."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
+    if os.getppid() == 1 and os.environ.get("RANK"):  # the agent was gone before the call took effect
+        os._exit(1)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON so that a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    beside.replace(path)
+
+
+def failure(error: BaseException, exit_code: int) -> dict[str, Any]:
+    return {"error": {"type": type(error).__name__, "message": str(error), "exit_code": exit_code}}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the job file {path}: {error}") from error
+
+
+def run(module: str, config: dict[str, Any]) -> int:
+    """Run one job and return its exit code; its result or its error is written to `config["report"]`."""
+    report = Path(config["report"])
+    try:
+        result = importlib.import_module(module).main(config)
+    except BridgeworksError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        write_json(report, failure(error, error.exit_code))
+        return error.exit_code
+    except Exception as error:
+        write_json(report, failure(error, 1))
+        raise
+    if os.environ.get("RANK", "0") == "0":
+        write_json(report, result or {})
+    return 0
+
+
+def main() -> None:
+    die_with_parent()
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m bridge.job MODULE CONFIG.json")
+    try:
+        config = read_config(Path(sys.argv[2]))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(run(sys.argv[1], config))
+
+
+if __name__ == "__main__":
+    main()
