@@ -1,0 +1,226 @@
+"""Config rules: what each key of a Hugging Face config means to Megatron, both ways.
+
+A rule reads its keys into provider fields, and writes them back. Absent keys have the default that
+`transformers` gives them (tests/bridge/test_families.py holds them against it).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping as Map
+from dataclasses import dataclass
+from typing import Any
+
+from bridge.errors import UnsupportedModelError
+from bridge.provider import DTYPES, GPTModelProvider
+
+REQUIRED = object()
+Config = Map[str, Any]
+
+
+class ConfigRule(ABC):
+    """Keys of a Hugging Face config and the provider fields that they set."""
+
+    keys: tuple[str, ...]
+
+    @abstractmethod
+    def read(self, config: Config) -> dict[str, Any]:
+        """Return the provider fields that these keys mean; refuse a value by UnsupportedModelError."""
+
+    @abstractmethod
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        """Return the keys that mean the provider's fields, in transformers' present spelling."""
+
+
+def value_of(config: Config, key: str, default: Any) -> Any:
+    if key not in config and default is REQUIRED:
+        raise UnsupportedModelError(f"config.json has no {key!r}, which this family needs")
+    return config.get(key, default)
+
+
+@dataclass(frozen=True)
+class Field(ConfigRule):
+    """One key that is one field; `default` may name another key, as in "=num_attention_heads"."""
+
+    key: str
+    field: str
+    default: Any = REQUIRED
+
+    @property
+    def keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value = value_of(config, self.key, self.default)
+        if isinstance(self.default, str) and self.default.startswith("=") and value in (None, self.default):
+            value = value_of(config, self.default[1:], REQUIRED)
+        if value is None:
+            raise UnsupportedModelError(f"config.json has {self.key} null: a value is needed")
+        return {self.field: value}
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        return {self.key: getattr(provider, self.field)}
+
+
+@dataclass(frozen=True)
+class Requires(ConfigRule):
+    """A key for which the mapping is right only at some values; the first is the default."""
+
+    key: str
+    allowed: tuple[Any, ...]
+
+    @property
+    def keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value = config.get(self.key, self.allowed[0])
+        if value not in self.allowed:
+            allowed = ", ".join(repr(a) for a in self.allowed)
+            raise UnsupportedModelError(
+                f"config.json has {self.key} {value!r}: this family supports {allowed}"
+            )
+        return {}
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        return {self.key: self.allowed[0]}
+
+
+@dataclass(frozen=True)
+class Carried(ConfigRule):
+    """Keys without influence on weights or logits; they travel as they are."""
+
+    keys: tuple[str, ...]
+
+    def read(self, config: Config) -> dict[str, Any]:
+        return {}
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Constant(ConfigRule):
+    """A field that this family always has and that no key says."""
+
+    field: str
+    value: Any
+    keys = ()
+
+    def read(self, config: Config) -> dict[str, Any]:
+        return {self.field: self.value}
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        if (found := getattr(provider, self.field)) != self.value:
+            raise UnsupportedModelError(
+                f"model.{self.field} is {found!r}: a {provider.hf_model_type!r} model has {self.value!r}"
+            )
+        return {}
+
+
+@dataclass(frozen=True)
+class HeadDim(ConfigRule):
+    """`head_dim`: absent or null means hidden size over heads, unless the family has a number of its own."""
+
+    default: int | None = None
+    keys = ("head_dim",)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        given = config.get("head_dim", self.default)
+        return {"kv_channels": given or config["hidden_size"] // config["num_attention_heads"]}
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        return {"head_dim": provider.kv_channels}
+
+
+@dataclass(frozen=True)
+class Dtype(ConfigRule):
+    """The dtype of the weights: `dtype`, or `torch_dtype` before transformers 5."""
+
+    keys = ("dtype", "torch_dtype")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+        if name not in DTYPES:
+            raise UnsupportedModelError(f"config.json has dtype {name!r}: allowed are {', '.join(DTYPES)}")
+        return {"params_dtype": name}
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        key = "torch_dtype" if "torch_dtype" in provider.hf_config else "dtype"
+        return {key: provider.params_dtype}
+
+
+@dataclass(frozen=True)
+class SlidingWindow(ConfigRule):
+    """`sliding_window` of W tokens, the present one included, is Megatron's (W - 1, 0) around a token."""
+
+    default: int | None = None
+    keys = ("sliding_window",)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        window = config.get("sliding_window", self.default)
+        return {"window_size": None if window is None else (window - 1, 0)}
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        return {"sliding_window": provider.window_size[0] + 1 if provider.window_size else None}
+
+
+@dataclass(frozen=True)
+class EveryLayer(ConfigRule):
+    """A list with one entry a layer, all of which must be `value`."""
+
+    key: str
+    value: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        listed = config.get(self.key)
+        if listed is not None and listed != [self.value] * config["num_hidden_layers"]:
+            raise UnsupportedModelError(
+                f"config.json has {self.key} {listed!r}: this family supports {self.value!r} in each of the"
+                f" {config['num_hidden_layers']} layers"
+            )
+        return {}
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        return {self.key: [self.value] * provider.num_layers}
+
+
+ROPE_KEYS = {
+    "default": frozenset[str](),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset(
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Rope(ConfigRule):
+    """Rotary embedding: `rope_parameters`, or `rope_theta` and `rope_scaling` before transformers 5."""
+
+    theta: float = 10000.0
+    types: tuple[str, ...] = tuple(ROPE_KEYS)
+    keys = ("rope_parameters", "rope_theta", "rope_scaling")
+
+    def read(self, config: Config) -> dict[str, Any]:
+        given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+        given.pop("type", None)  # some checkpoints spell it both ways
+        theta = float(given.pop("rope_theta", None) or config.get("rope_theta") or self.theta)
+        if kind not in self.types:
+            raise UnsupportedModelError(
+                f"config.json has rope type {kind!r}: this family supports {', '.join(self.types)}"
+            )
+        if wrong := sorted(set(given) ^ ROPE_KEYS[kind]):
+            state = "unknown" if wrong[0] in given else "missing"
+            raise UnsupportedModelError(
+                f"config.json has rope type {kind!r} with {state} key {wrong[0]!r}: it takes"
+                f" {', '.join(sorted(ROPE_KEYS[kind])) or 'none'}"
+            )
+        rope = {"rope_type": kind, "rope_theta": theta, **given}
+        return {"rotary_base": theta, "rope_parameters": rope}
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        return {"rope_parameters": {**provider.rope_parameters, "rope_theta": provider.rotary_base}}

@@ -1,0 +1,123 @@
+"""Rules that decoder-only families of Llama's shape share."""
+
+from bridge.config_rules import Carried, ConfigRule, Dtype, Field, Requires
+from bridge.mapping import (
+    DirectMapping,
+    GatedMLPMapping,
+    Mapping,
+    MegatronMappingRegistry,
+    OutputMapping,
+    QKVMapping,
+)
+
+# Settings of a transformers run, of the tokenizer or of generation: they name no weight and change no logit.
+WITHOUT_MEANING = Carried(
+    (
+        "_name_or_path",
+        "_attn_implementation",
+        "architectures",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "return_dict",
+        "torchscript",
+        "transformers_version",
+        "unsloth_fixed",
+        "use_cache",
+    )
+)
+
+DECODER_CONFIG: tuple[ConfigRule, ...] = (
+    Field("num_hidden_layers", "num_layers"),
+    Field("hidden_size", "hidden_size"),
+    Field("intermediate_size", "ffn_hidden_size"),
+    Field("num_attention_heads", "num_attention_heads"),
+    Field("num_key_value_heads", "num_query_groups", default="=num_attention_heads"),
+    Field("vocab_size", "vocab_size"),
+    Field("max_position_embeddings", "max_position_embeddings"),
+    Field("rms_norm_eps", "layernorm_epsilon", default=1e-6),
+    Field("initializer_range", "init_method_std", default=0.02),
+    Field("attention_dropout", "attention_dropout", default=0.0),
+    Field("tie_word_embeddings", "share_embeddings_and_output_weights", default=False),
+    Requires("hidden_act", ("silu",)),
+    Requires("is_encoder_decoder", (False,)),
+    Dtype(),
+    WITHOUT_MEANING,
+)
+
+MEGATRON_ATTENTION = "decoder.layers.*.self_attention"
+HF_ATTENTION = "model.layers.*.self_attn"
+
+
+def decoder_weights(*extra: Mapping) -> MegatronMappingRegistry:
+    """Return the weight rules of a pre-norm decoder with a gated MLP, and those that a family adds."""
+    return MegatronMappingRegistry(
+        DirectMapping(
+            "embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab_size", "hidden_size")
+        ),
+        DirectMapping(
+            f"{MEGATRON_ATTENTION}.linear_qkv.layer_norm_weight",
+            "model.layers.*.input_layernorm.weight",
+            ("hidden_size",),
+        ),
+        QKVMapping(
+            f"{MEGATRON_ATTENTION}.linear_qkv.weight",
+            q=f"{HF_ATTENTION}.q_proj.weight",
+            k=f"{HF_ATTENTION}.k_proj.weight",
+            v=f"{HF_ATTENTION}.v_proj.weight",
+        ),
+        DirectMapping(
+            f"{MEGATRON_ATTENTION}.linear_proj.weight",
+            f"{HF_ATTENTION}.o_proj.weight",
+            ("hidden_size", "query_size"),
+        ),
+        DirectMapping(
+            "decoder.layers.*.mlp.linear_fc1.layer_norm_weight",
+            "model.layers.*.post_attention_layernorm.weight",
+            ("hidden_size",),
+        ),
+        GatedMLPMapping(
+            "decoder.layers.*.mlp.linear_fc1.weight",
+            gate="model.layers.*.mlp.gate_proj.weight",
+            up="model.layers.*.mlp.up_proj.weight",
+        ),
+        DirectMapping(
+            "decoder.layers.*.mlp.linear_fc2.weight",
+            "model.layers.*.mlp.down_proj.weight",
+            ("hidden_size", "ffn_hidden_size"),
+        ),
+        *extra,
+        DirectMapping("decoder.final_layernorm.weight", "model.norm.weight", ("hidden_size",)),
+        OutputMapping(
+            "output_layer.weight",
+            "lm_head.weight",
+            ("vocab_size", "hidden_size"),
+            tied_to="model.embed_tokens.weight",
+        ),
+        buffers=(f"{HF_ATTENTION}.rotary_emb.inv_freq",),
+    )
+
+
+QKV_BIAS = QKVMapping(
+    f"{MEGATRON_ATTENTION}.linear_qkv.bias",
+    q=f"{HF_ATTENTION}.q_proj.bias",
+    k=f"{HF_ATTENTION}.k_proj.bias",
+    v=f"{HF_ATTENTION}.v_proj.bias",
+    columns=(),
+)
+
+QK_NORM = (
+    DirectMapping(
+        f"{MEGATRON_ATTENTION}.q_layernorm.weight", f"{HF_ATTENTION}.q_norm.weight", ("kv_channels",)
+    ),
+    DirectMapping(
+        f"{MEGATRON_ATTENTION}.k_layernorm.weight", f"{HF_ATTENTION}.k_norm.weight", ("kv_channels",)
+    ),
+)

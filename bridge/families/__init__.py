@@ -1,0 +1,66 @@
+"""The families, one file for each Hugging Face `model_type`; a file here is registered by existing."""
+
+import importlib
+import json
+import pkgutil
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import CheckpointError, UnsupportedModelError
+from bridge.family import Family
+from bridge.mapping import WeightPlan
+from bridge.provider import GPTModelProvider
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Return every family by model_type: those of this folder and those of installed packages.
+
+    A package offers one by an entry point in the group "bridgeworks.families" that names a `Family`.
+    """
+    own = [
+        importlib.import_module(f"{__name__}.{module.name}").FAMILY
+        for module in pkgutil.iter_modules(__path__)
+    ]
+    found = [*own, *(entry.load() for entry in entry_points(group="bridgeworks.families"))]
+    return {family.model_type: family for family in sorted(found, key=lambda f: f.model_type)}
+
+
+def family_named(model_type: str) -> Family:
+    """Return the family of a `model_type`, or raise UnsupportedModelError."""
+    if model_type not in families():
+        raise UnsupportedModelError(
+            f"unknown model_type {model_type!r}: known are {', '.join(families())}"
+            " (docs/adding_a_family.md shows how to add one)"
+        )
+    return families()[model_type]
+
+
+def family_of(config: dict[str, Any]) -> Family:
+    """Return the family of a Hugging Face config."""
+    if "model_type" not in config:
+        raise UnsupportedModelError("config.json has no model_type: not a Hugging Face model config")
+    return family_named(config["model_type"])
+
+
+def provider_of(config: dict[str, Any]) -> GPTModelProvider:
+    """Describe the model of a Hugging Face config in Megatron's words."""
+    return family_of(config).provider(config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config.json of a Hugging Face folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {folder / 'config.json'}: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / 'config.json'} holds no JSON object")
+    return config
+
+
+def plan_weights(provider: GPTModelProvider) -> WeightPlan:
+    """Spell out every block between the two ends of a model."""
+    return family_named(provider.hf_model_type).weights.plan(provider)

@@ -1,0 +1,19 @@
+"""Llama: grouped-query attention, RMSNorm, SwiGLU, rotary embedding with llama3 scaling, tied or untied."""
+
+from bridge.config_rules import HeadDim, Requires, Rope
+from bridge.decoder import DECODER_CONFIG, decoder_weights
+from bridge.family import Family
+
+FAMILY = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    covers=("Llama 2", "Llama 3", "Llama 3.1", "Llama 3.2 (text)", "Llama 3.3"),
+    config=(
+        *DECODER_CONFIG,
+        HeadDim(),
+        Rope(theta=10000.0),
+        Requires("attention_bias", (False,)),
+        Requires("mlp_bias", (False,)),
+    ),
+    weights=decoder_weights(),
+)

@@ -1,0 +1,181 @@
+"""A GPT model described in Megatron Core's own words, and the way from there to a live model.
+
+Torch-free until a model is asked for: recipes, plans and conversions use the description alone.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from bridge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer import TransformerConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
+TRANSFORMER_IMPLS = ("auto", "local", "transformer_engine")
+
+
+@dataclass
+class GPTModelProvider:
+    """Architecture, parallel layout and run settings of one GPT model.
+
+    Fields that Megatron Core has are spelt as in its `TransformerConfig` and `GPTModel`; the defaults
+    describe a Llama-like decoder. Sizes are counts of elements; `vocab_size` is the tokenizer's, unpadded.
+    Everything is a plain value, so that a description is JSON both ways.
+    """
+
+    num_layers: int = 0
+    hidden_size: int = 0
+    ffn_hidden_size: int = 0
+    num_attention_heads: int = 0
+    num_query_groups: int = 0
+    kv_channels: int = 0
+    vocab_size: int = 0
+    max_position_embeddings: int = 0
+
+    normalization: str = "RMSNorm"
+    layernorm_epsilon: float = 1e-5
+    gated_linear_unit: bool = True
+    activation_func: str = "silu"
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    window_size: tuple[int, int] | None = None
+    init_method_std: float = 0.02
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+
+    share_embeddings_and_output_weights: bool = False
+    make_vocab_size_divisible_by: int = 128
+    position_embedding_type: str = "rope"
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    # transformers' normal form: {"rope_type": "llama3", "rope_theta": ..., "factor": ...}
+    rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default"})
+
+    seq_length: int = 0
+    params_dtype: str = "float32"
+    transformer_impl: str = "auto"
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    sequence_parallel: bool = False
+
+    recompute_granularity: str | None = None
+    recompute_method: str | None = None
+    recompute_num_layers: int | None = None
+
+    hf_model_type: str = ""
+    # the config that the model came from, whose spelling an export keeps where it still holds
+    hf_config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding in memory: a multiple of `make_vocab_size_divisible_by` on every rank."""
+        multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
+        return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that one copy of the model takes."""
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+
+    def finalize(self) -> "GPTModelProvider":
+        """Fill what follows from other fields and refuse what cannot be, by ConfigError."""
+        self.kv_channels = self.kv_channels or self.hidden_size // max(1, self.num_attention_heads)
+        self.num_query_groups = self.num_query_groups or self.num_attention_heads
+        self.seq_length = self.seq_length or self.max_position_embeddings
+        self._check_values()
+        self._check_parallel_sizes()
+        return self
+
+    def _check_values(self) -> None:
+        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}: give a positive number")
+        if self.num_attention_heads % self.num_query_groups:
+            raise ConfigError(
+                f"model.num_attention_heads {self.num_attention_heads} is not divisible by"
+                f" model.num_query_groups {self.num_query_groups}"
+            )
+        for name, value, allowed in (
+            ("params_dtype", self.params_dtype, DTYPES),
+            ("transformer_impl", self.transformer_impl, TRANSFORMER_IMPLS),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"model.{name} is {value!r}: allowed are {', '.join(allowed)}")
+
+    def _check_parallel_sizes(self) -> None:
+        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        for name in PARALLEL_SIZES:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}: give 1 or more")
+        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+            if getattr(self, name) % tensor:
+                raise ConfigError(
+                    f"model.{name} {getattr(self, name)} is not divisible by"
+                    f" tensor_model_parallel_size {tensor}: choose a divisor of {getattr(self, name)}"
+                )
+        stages = pipeline * (self.virtual_pipeline_model_parallel_size or 1)
+        if self.num_layers % stages:
+            raise ConfigError(
+                f"model.num_layers {self.num_layers} is not divisible by the {stages} pipeline stages"
+                f" (pipeline {pipeline} x virtual {self.virtual_pipeline_model_parallel_size or 1})"
+            )
+        if self.virtual_pipeline_model_parallel_size and pipeline == 1:
+            raise ConfigError(
+                "model.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1"
+            )
+        if self.sequence_parallel and tensor == 1:
+            raise ConfigError("model.sequence_parallel needs tensor_model_parallel_size > 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the description as plain JSON values."""
+        value = dataclasses.asdict(self)
+        value["window_size"] = list(self.window_size) if self.window_size else None
+        return value
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> "GPTModelProvider":
+        """Rebuild a description from `to_dict`; an unknown key is a ConfigError."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(value) - known):
+            raise ConfigError(f"unknown model setting {unknown[0]!r}: allowed are {', '.join(sorted(known))}")
+        window = value.get("window_size")
+        return cls(**{**value, "window_size": (window[0], window[1]) if window else None})
+
+    def transformer_config(self) -> "TransformerConfig":
+        """Build Megatron Core's own config."""
+        from bridge.model import transformer_config
+
+        return transformer_config(self)
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> "GPTModel":
+        """Build this rank's part of the model; parallel state must be initialised."""
+        from bridge.model import provide
+
+        return provide(self, pre_process, post_process, vp_stage)
+
+    def provide_distributed_model(self, **options: Any) -> list[Any]:
+        """Build this rank's model chunks, one per virtual pipeline stage; see `bridge.model`."""
+        from bridge.model import provide_distributed_model
+
+        return provide_distributed_model(self, **options)
+
+
+PARALLEL_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
