@@ -1,0 +1,80 @@
+"""Tiny Hugging Face checkpoints for tests, made by transformers itself."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+# A head size that is not hidden_size / heads, and a vocabulary that needs padding, on purpose.
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "vocab_size": 160,
+    "max_position_embeddings": 512,
+}
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 4.0,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 6.0,
+    "original_max_position_embeddings": 64,
+}
+
+# What is special to a family is switched on, so that the ordinary tests see it.
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": LLAMA3_ROPE},
+    "mistral": {"sliding_window": 12},
+    "qwen2": {"head_dim": None},  # Qwen2's config has no head_dim
+}
+
+
+def make_hf_checkpoint(
+    folder: Path,
+    family: str,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_size: str = "150KB",
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Save a random model of `family` in `folder`, in several shards with an index; return `folder`.
+
+    `config` holds Hugging Face config values over those of `SIZES` and `FAMILY_SETTINGS`.
+    """
+    values = {**SIZES, **FAMILY_SETTINGS.get(family, {}), **config}
+    hf_config = AutoConfig.for_model(family, **{k: v for k, v in values.items() if v is not None})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
+        _randomize_vectors(model)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    return Path(folder)
+
+
+def _randomize_vectors(model: torch.nn.Module) -> None:
+    """Give norms and biases values of their own: a swap of two that are all ones goes unseen."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def copy_checkpoint(source: Path, destination: Path) -> Path:
+    """Copy a shared checkpoint for a test that changes it; return `destination`."""
+    shutil.copytree(source, destination)
+    return destination
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; a value of None removes the key."""
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
