@@ -1,0 +1,49 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both need git, make and Python 3.11 or 3.12.
+
+# the first interpreter that starts and is of a supported version
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+UV_VERSION := 0.13.8
+VENV := .venv
+RUN := $(VENV)/bin
+ENVIRONMENT := $(VENV)/.ready
+
+export UV_PROJECT_ENVIRONMENT := $(VENV)
+export UV_COMPILE_BYTECODE := 1
+export UV_LINK_MODE := copy
+export DO_NOT_TRACK := 1
+
+.PHONY: help demo test test-slow check lock clean
+
+help:                   ## show the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(ENVIRONMENT)    ## run the main job on a small model: fetch, import, train, verify, export, publish
+	$(RUN)/bridgeworks demo
+
+test: $(ENVIRONMENT)    ## run the tests (those marked slow or gpu are left out)
+	$(RUN)/pytest -m "not slow and not gpu"
+
+test-slow: $(ENVIRONMENT)  ## run the slow tests
+	$(RUN)/pytest -m "slow and not gpu"
+
+check: $(ENVIRONMENT)   ## format, lint, import contracts, types
+	$(RUN)/ruff format --check .
+	$(RUN)/ruff check .
+	$(RUN)/lint-imports
+	$(RUN)/mypy
+
+lock: .uv/bin/uv        ## renew uv.lock
+	.uv/bin/uv lock
+
+clean:                  ## remove the environment and the demo's workspace
+	rm -rf $(VENV) .uv work
+
+$(ENVIRONMENT): pyproject.toml uv.lock .uv/bin/uv
+	.uv/bin/uv sync --frozen --python $(PYTHON)
+	@touch $@
+
+.uv/bin/uv:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or 3.12 found: install one, or name it with make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .uv
+	.uv/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
