@@ -128,7 +128,8 @@ class HeadDim(ConfigRule):
         return {"kv_channels": given or config["hidden_size"] // config["num_attention_heads"]}
 
     def write(self, provider: GPTModelProvider) -> dict[str, Any]:
-        return {"head_dim": provider.kv_channels}
+        absent = self.default or provider.hidden_size // provider.num_attention_heads
+        return {} if provider.kv_channels == absent else {"head_dim": provider.kv_channels}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,216 @@
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bridge.config_rules import REQUIRED, Constant, Dtype, Field, Requires
+from bridge.errors import UnsupportedModelError
+from bridge.families import families, family_named, family_of, plan_weights, provider_of, read_config
+from checkpoints import FAMILY_SETTINGS, SIZES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+# As the hub has it for Llama 3.2 1B, cut to a small size: the spelling before transformers 5.
+LEGACY_LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008],
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 128,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+    "vocab_size": 160,
+}
+
+
+def small_config(model_type: str, **values: Any) -> dict[str, Any]:
+    settings = {**SIZES, **FAMILY_SETTINGS.get(model_type, {}), **values}
+    config = AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})
+    return {**config.to_diff_dict(), "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_config_survives_the_round_trip(model_type: str, hf_checkpoint: Callable[..., Path]) -> None:
+    config = read_config(hf_checkpoint(model_type))
+    back = family_of(config).hf_config(provider_of(config))
+    assert list(back.items()) == list(config.items())
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_written_config_means_the_same_to_transformers(model_type: str) -> None:
+    """Without a source to copy from, every key that matters must come from the provider."""
+    config = small_config(model_type)
+    provider = provider_of(config)
+    provider.hf_config = {}
+    written = AutoConfig.for_model(**family_named(model_type).hf_config(provider))
+    assert written.to_diff_dict() | {"architectures": None} == AutoConfig.for_model(
+        **config
+    ).to_diff_dict() | {"architectures": None}
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_every_meaningful_key_reaches_the_provider(model_type: str) -> None:
+    """Change one key at a time: the provider must change, and the change must come back."""
+    config = small_config(model_type)
+    changes = {
+        "num_hidden_layers": 6,
+        "hidden_size": 72,
+        "intermediate_size": 144,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 161,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 3e-5,
+        "initializer_range": 0.5,
+        "tie_word_embeddings": not config["tie_word_embeddings"],
+        "attention_dropout": 0.25,
+        "dtype": "float32",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 5.0, "factor": 2.0},
+    }
+    before = provider_of({k: v for k, v in config.items() if k != "layer_types"}).to_dict()
+    for key, value in changes.items():
+        changed = {k: v for k, v in config.items() if k != "layer_types"} | {key: value}
+        provider = provider_of(changed)
+        assert {**provider.to_dict(), "hf_config": None} != {**before, "hf_config": None}, key
+        assert family_named(model_type).hf_config(provider)[key] == value
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_defaults_are_those_of_transformers(model_type: str) -> None:
+    defaults = AutoConfig.for_model(model_type).to_dict()
+    for rule in family_named(model_type).config:
+        if isinstance(rule, Field) and rule.default is not REQUIRED and not str(rule.default).startswith("="):
+            assert rule.default == defaults[rule.key], rule.key
+        if isinstance(rule, Requires) and rule.key in defaults:
+            assert rule.allowed[0] == defaults[rule.key], rule.key
+    bare = {
+        k: v for k, v in small_config(model_type).items() if k not in ("rope_parameters", "sliding_window")
+    }
+    filled = AutoConfig.for_model(**bare)
+    provider = provider_of(bare)
+    assert provider.rotary_base == filled.rope_parameters["rope_theta"]
+    if model_type == "mistral":
+        assert provider.window_size == (filled.sliding_window - 1, 0)
+
+
+def test_old_spelling_is_read_and_kept() -> None:
+    provider = provider_of(LEGACY_LLAMA)
+    assert provider.rope_parameters == {
+        **LEGACY_LLAMA["rope_scaling"],
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+    }
+    assert provider.params_dtype == "bfloat16"
+    assert family_named("llama").hf_config(provider) == LEGACY_LLAMA
+
+
+def test_a_changed_field_is_exported_with_its_new_value() -> None:
+    provider = provider_of(LEGACY_LLAMA)
+    provider.params_dtype, provider.rope_parameters["factor"] = "float32", 8.0
+    config = family_named("llama").hf_config(provider)
+    assert config["torch_dtype"] == "float32"
+    assert config["rope_parameters"]["factor"] == 8.0
+    assert "rope_scaling" not in config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "lama"}, "'lama'"),
+        ({"model_type": None}, "model_type"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "high_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "ramp": 1}}, "ramp"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
+        ({"torch_dtype": "int8"}, "int8"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_what_would_be_converted_wrongly_is_refused_by_name(change: dict[str, Any], named: str) -> None:
+    config = {k: v for k, v in {**LEGACY_LLAMA, **change}.items() if v is not None}
+    with pytest.raises(UnsupportedModelError, match=named) as caught:
+        provider_of(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_sliding_layers_of_qwen_are_refused() -> None:
+    config = small_config("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    with pytest.raises(UnsupportedModelError, match=r"use_sliding_window|layer_types"):
+        provider_of(config)
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_a_family_cannot_write_another_familys_model(model_type: str) -> None:
+    for rule in family_named(model_type).config:
+        if isinstance(rule, Constant):
+            provider = provider_of(small_config(model_type))
+            setattr(provider, rule.field, not rule.value)
+            with pytest.raises(UnsupportedModelError, match=rule.field):
+                family_named(model_type).hf_config(provider)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", families())
+def test_plan_covers_exactly_the_weights_of_transformers(model_type: str, tied: bool) -> None:
+    config = small_config(model_type, tie_word_embeddings=tied)
+    plan = plan_weights(provider_of(config))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    weights = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert plan.tied == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
+    for name in plan.tied:
+        weights.pop(name)
+    assert plan.hf_shapes == weights
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_blocks_tile_both_ends_without_gap_or_overlap(model_type: str) -> None:
+    plan = plan_weights(provider_of(small_config(model_type)))
+    hf, megatron = Counter[tuple[str, int]](), Counter[tuple[Any, ...]]()
+    for block in plan.blocks:
+        hf.update((block.hf, block.hf_row + row) for row in range(block.rows))
+        megatron.update((block.key, *block.lead, block.megatron_row + row) for row in range(block.rows))
+    assert set(hf.values()) == set(megatron.values()) == {1}
+    assert hf.keys() == {(name, row) for name, shape in plan.hf_shapes.items() for row in range(shape[0])}
+    num_rows = sum(
+        shape[0] * (shape[1] if ".layers." in key else 1) for key, shape in plan.megatron_shapes.items()
+    )
+    assert len(megatron) == num_rows
+
+
+def test_buffers_of_old_checkpoints_are_listed() -> None:
+    plan = plan_weights(provider_of(LEGACY_LLAMA))
+    assert plan.is_buffer("model.layers.12.self_attn.rotary_emb.inv_freq")
+    assert not plan.is_buffer("model.layers.12.self_attn.rotary_emb.weight")
+    assert not plan.is_buffer("model.layers.x.self_attn.rotary_emb.inv_freq")
+
+
+def test_dtype_follows_the_spelling_of_the_source() -> None:
+    provider = provider_of(LEGACY_LLAMA)
+    assert Dtype().write(provider) == {"torch_dtype": "bfloat16"}
+    assert json.loads(json.dumps(provider.to_dict())) == provider.to_dict()
