@@ -1,0 +1,197 @@
+"""The live side of a provider: Megatron Core's config, layer spec and model, on a GPU or without one."""
+
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch.nn import functional
+
+from bridge import distributed
+from bridge.errors import ConfigError
+from bridge.provider import GPTModelProvider
+from bridge.rotary import inverse_frequencies
+
+ACTIVATIONS = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
+
+SAME_IN_BOTH = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "normalization",
+    "layernorm_epsilon",
+    "gated_linear_unit",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "window_size",
+    "init_method_std",
+    "attention_dropout",
+    "hidden_dropout",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "sequence_parallel",
+    "recompute_granularity",
+    "recompute_method",
+    "recompute_num_layers",
+)
+
+
+def uses_transformer_engine(provider: GPTModelProvider) -> bool:
+    """Say which layer spec the model gets; both have the same parameter names in a checkpoint."""
+    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if provider.transformer_impl == "transformer_engine" and not available:
+        raise ConfigError(
+            "model.transformer_impl is 'transformer_engine', which needs a GPU and the extra 'gpu':"
+            " choose 'auto' or 'local'"
+        )
+    return available and provider.transformer_impl != "local"
+
+
+def transformer_config(
+    provider: GPTModelProvider, *, perform_initialization: bool = True
+) -> TransformerConfig:
+    """Build Megatron Core's config; without `perform_initialization` weights stay unset until they are loaded."""
+    provider.finalize()
+    if provider.context_parallel_size > 1 and not uses_transformer_engine(provider):
+        raise ConfigError(
+            f"context_parallel_size {provider.context_parallel_size} needs Transformer Engine:"
+            " without it choose 1"
+        )
+    dtype = getattr(torch, provider.params_dtype)
+    interleaved = provider.virtual_pipeline_model_parallel_size is not None
+    return TransformerConfig(
+        **{name: getattr(provider, name) for name in SAME_IN_BOTH},
+        activation_func=ACTIVATIONS[provider.activation_func],
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        perform_initialization=perform_initialization,
+        # With two stages both neighbours are one rank, and batched messages of the interleaved schedule get mixed
+        # up without an error: Megatron's own argument parser sets the two in this way.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        # gloo may still be sending an output when the schedule frees it.
+        deallocate_pipeline_outputs=torch.cuda.is_available(),
+    )
+
+
+def layer_spec(provider: GPTModelProvider) -> ModuleSpec:
+    """Return the modules of one layer: Transformer Engine's on a GPU, else torch's under the same names."""
+    if uses_transformer_engine(provider):
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=provider.qk_layernorm)
+    return get_gpt_layer_local_spec(qk_layernorm=provider.qk_layernorm, normalization=provider.normalization)
+
+
+def provide(
+    provider: GPTModelProvider,
+    pre_process: bool | None = None,
+    post_process: bool | None = None,
+    vp_stage: int | None = None,
+    config: TransformerConfig | None = None,
+) -> GPTModel:
+    """Build one model chunk; by default with the embedding and the output where the pipeline has them."""
+    stage = {"ignore_virtual": False, "vp_stage": vp_stage}
+    if pre_process is None:
+        pre_process = parallel_state.is_pipeline_first_stage(**stage)
+    if post_process is None:
+        post_process = parallel_state.is_pipeline_last_stage(**stage)
+    model = GPTModel(
+        config or transformer_config(provider),
+        layer_spec(provider),
+        vocab_size=provider.padded_vocab_size,
+        max_sequence_length=provider.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=provider.share_embeddings_and_output_weights,
+        position_embedding_type=provider.position_embedding_type,
+        rotary_percent=provider.rotary_percent,
+        rotary_base=provider.rotary_base,
+        vp_stage=vp_stage,
+    )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(provider).to(distributed.device())
+    if post_process:
+        mask_padded_logits(model, provider)
+    return model
+
+
+def mask_padded_logits(model: GPTModel, provider: GPTModelProvider) -> None:
+    """Keep the rows that only pad the vocabulary out of every softmax.
+
+    Megatron counts them in; then the loss would depend on the padding, which depends on the parallel layout.
+    """
+    if provider.padded_vocab_size == provider.vocab_size:
+        return
+
+    def mask(module: torch.nn.Module, inputs: Any, outputs: tuple[torch.Tensor, Any]) -> tuple[Any, Any]:
+        logits, bias = outputs
+        columns = logits.size(-1)
+        gathered = columns == provider.padded_vocab_size
+        first = 0 if gathered else columns * parallel_state.get_tensor_model_parallel_rank()
+        padding = torch.arange(first, first + columns, device=logits.device) >= provider.vocab_size
+        return logits.masked_fill(padding, torch.finfo(logits.dtype).min), bias
+
+    model.output_layer.register_forward_hook(mask)
+
+
+def provide_distributed_model(
+    provider: GPTModelProvider,
+    wrap_with_ddp: bool = True,
+    ddp_config: DistributedDataParallelConfig | None = None,
+    seed: int = distributed.DEFAULT_SEED,
+    perform_initialization: bool = True,
+) -> list[Any]:
+    """Build this rank's model chunks on its device, in mixed precision and wrapped for data parallelism.
+
+    Without a process group this makes one: torchrun's, or a single process.
+    """
+    provider.finalize()
+    distributed.initialize(provider, seed)
+    config = transformer_config(provider, perform_initialization=perform_initialization)
+    stages = provider.virtual_pipeline_model_parallel_size
+    chunks = [
+        on_device(provide(provider, vp_stage=stage, config=config), config)
+        for stage in (range(stages) if stages else [None])
+    ]
+    return wrap(chunks, config, ddp_config) if wrap_with_ddp else chunks
+
+
+def on_device(model: GPTModel, config: TransformerConfig) -> torch.nn.Module:
+    """Move a chunk to this rank's device and, for 16-bit weights, give it its precision."""
+    for parameter in model.parameters():
+        # Megatron's gradient norm counts a parameter by these attributes, which torch's norms do not set.
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    model.to(distributed.device())
+    return Float16Module(config, model) if config.bf16 or config.fp16 else model
+
+
+def wrap(
+    chunks: list[torch.nn.Module], config: TransformerConfig, ddp_config: DistributedDataParallelConfig | None
+) -> list[DistributedDataParallel]:
+    """Wrap the chunks in Megatron's DDP, with equal weights on all data-parallel ranks."""
+    ddp_config = ddp_config or DistributedDataParallelConfig(grad_reduce_in_fp32=config.bf16)
+    wrapped = [
+        # Only the first chunk's gradients have time to travel while others are computed.
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped

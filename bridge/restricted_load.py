@@ -1,0 +1,174 @@
+"""Loading of Megatron's distributed checkpoints without running code that may lie in them.
+
+Megatron Core 0.16 unpickles `.metadata` and every stored object without restriction, and Transformer Engine
+unpickles the `_extra_state` tensors that it is handed. `load` stands in for `dist_checkpointing.load`: the
+metadata may hold only the classes that describe tensors, objects are loaded as torch's weights-only format, file
+names stay inside the checkpoint's folder, and `_extra_state` is not read at all.
+"""
+
+import io
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
+    CachedMetadataFileSystemReader,
+)
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+from bridge.errors import CheckpointError
+
+DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
+    *("int64", "int32", "int16", "int8", "uint8", "bool"),
+)
+ALLOWED_GLOBALS = {
+    "torch": {"Size", "strided", *DTYPES},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {
+        *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    },
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
+}
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Builds the classes that describe a checkpoint's tensors and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in ALLOWED_GLOBALS.get(module, ()):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """Read the `.metadata` of the checkpoint at `path`; CheckpointError when it holds anything unexpected."""
+    file = path / ".metadata"
+    try:
+        metadata = MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
+    # A damaged pickle raises almost anything; whatever it is, the file is not a checkpoint's metadata.
+    except Exception as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{file} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
+    for item in metadata.storage_data.values():
+        if Path(item.relative_path).name != item.relative_path:
+            raise CheckpointError(f"{file} names {item.relative_path!r}: files must lie in the folder itself")
+    return metadata
+
+
+class RestrictedReader(CachedMetadataFileSystemReader):
+    """torch's reader of checkpoint files with a restricted unpickler for the metadata."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._cached_metadata is None:
+            metadata = read_metadata(Path(self.path))
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+            self._cached_metadata = metadata
+        return self._cached_metadata
+
+
+class RestrictedPlanner(torch_strategy.MCoreLoadPlanner):
+    """Megatron's load planner with objects limited to what torch calls weights."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        assert not self.flatten_state_dict, "Megatron Core flattens state dicts by itself"
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+class RestrictedCommonStrategy(TorchCommonLoadStrategy):
+    """Megatron's reader of common.pt, limited whatever the environment's TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        return torch.load(Path(checkpoint_dir, COMMON_STATE_FNAME), map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def restricted_readers() -> Iterator[None]:
+    """Put the restricted reader and planner where Megatron's torch_dist strategy looks its own up."""
+    originals = (torch_strategy._get_filesystem_reader, torch_strategy.MCoreLoadPlanner)
+    torch_strategy._get_filesystem_reader = lambda path, cache_metadata=False: RestrictedReader(path)
+    torch_strategy.MCoreLoadPlanner = RestrictedPlanner
+    try:
+        yield
+    finally:
+        torch_strategy._get_filesystem_reader, torch_strategy.MCoreLoadPlanner = originals
+
+
+def load(
+    sharded_state_dict: dict[str, Any],
+    path: Path | str,
+    sharded_strategy: Any = None,
+    strict: StrictHandling = StrictHandling.ASSUME_OK_UNEXPECTED,
+) -> Any:
+    """Do what `dist_checkpointing.load` does, without trusting the files; all ranks call it together."""
+    if not Path(path, "metadata.json").is_file():
+        raise CheckpointError(f"{path} has no metadata.json: not a Megatron checkpoint")
+    try:
+        with restricted_readers():
+            return dist_checkpointing.load(
+                without_extra_state(sharded_state_dict),
+                str(path),
+                sharded_strategy=sharded_strategy,
+                common_strategy=RestrictedCommonStrategy("torch", 1),
+                strict=strict,
+            )
+    except (CheckpointException, CheckpointingException, pickle.UnpicklingError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {reason(error)}") from error
+
+
+def load_common(path: Path | str) -> dict[str, Any]:
+    """Return what a checkpoint holds beside its sharded tensors (common.pt)."""
+    try:
+        return RestrictedCommonStrategy("torch", 1).load_common(path)
+    except (pickle.UnpicklingError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}/{COMMON_STATE_FNAME} cannot be loaded: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Return one line: that of the first rank which failed, or the first that the error itself has."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = sorted(error.failures.items())[0]
+        return f"rank {rank}: {reason(cause)}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def without_extra_state(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return the state dict without Transformer Engine's `_extra_state`, for loading and for saving.
+
+    It is empty unless a run uses fp8, the local layers have none, and a checkpoint from another layer spec or from
+    an import must not miss it.
+    """
+
+    def is_extra_state(value: Any) -> bool:
+        return isinstance(value, ShardedObject) and "_extra_state" in value.key
+
+    return extract_matching_values(sharded_state_dict, is_extra_state)[1]
+
+
+def load_weights(module: torch.nn.Module, state_dict: dict[str, Any]) -> None:
+    """Load a complete state dict (less `_extra_state`) into one unwrapped model chunk."""
+    result = module.load_state_dict(state_dict, strict=False)
+    missing = [name for name in result.missing_keys if "_extra_state" not in name]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(f"weights missing {missing[:3]}, left over {list(result.unexpected_keys)[:3]}")
