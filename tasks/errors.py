@@ -1,0 +1,32 @@
+"""The exceptions of tasks and flows, below those of `bridge.errors`.
+
+BridgeworksError            exit code 1
+    JobError                a job process failed, was too slow or was stopped
+        JobStoppedError     it was stopped because the flow was cancelled
+    ArtifactError           a sealed directory is not what its artifact.json says
+    StoreError              a path or an address could not be read or written
+    InputError              exit code 2
+        SpecError           a release spec is wrong
+"""
+
+from bridge.errors import BridgeworksError, InputError
+
+
+class JobError(BridgeworksError):
+    """A job process failed, was too slow or was stopped."""
+
+
+class JobStoppedError(JobError):
+    """A job was stopped because its flow was cancelled."""
+
+
+class ArtifactError(BridgeworksError):
+    """A sealed directory is not what its artifact.json says."""
+
+
+class StoreError(BridgeworksError):
+    """A path or an address could not be read or written."""
+
+
+class SpecError(InputError):
+    """A release spec, or an override of it, is wrong."""

@@ -1,0 +1,99 @@
+"""The release spec: reading, overriding, and errors that say what to do on one line."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tasks.errors import SpecError
+from tasks.spec import ReleaseSpec, load_spec, parse_spec
+
+MINIMAL = {
+    "name": "tiny",
+    "source": {"uri": "checkpoints/tiny"},
+    "dataset": {"inputs": ["text", "s3://bucket/text"]},
+    "publish": {"destination": "out"},
+}
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def test_relative_paths_are_meant_from_the_file(file) -> None:
+    spec = load_spec(file)
+    assert spec.source.uri == str(file.parent / "checkpoints/tiny")
+    assert spec.dataset.inputs == [str(file.parent / "text"), "s3://bucket/text"]
+    assert spec.workspace == file.parent / "work"
+
+
+def test_overrides(file) -> None:
+    spec = load_spec(
+        file,
+        [
+            "train.overrides.optimizer.lr=1e-4",
+            "train.parallel.tensor_model_parallel_size=2",
+            "train.parallel.data_parallel_size=2",
+            "publish.alias=candidate",
+        ],
+    )
+    assert spec.train.overrides == {"optimizer.lr": 1e-4}
+    assert spec.train.parallel.num_processes == 4
+    assert spec.publish.alias == "candidate"
+
+
+def test_yaml_scientific_notation_is_a_number() -> None:
+    value = yaml.safe_load("{optimizer.lr: 1e-4, scheduler.lr_decay_style: cosine}")
+    spec = parse_spec({**MINIMAL, "train": {"overrides": value}})
+    assert spec.train.overrides == {"optimizer.lr": 1e-4, "scheduler.lr_decay_style": "cosine"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trian.recipe=x", "no setting is called 'trian': did you mean 'train'"),
+        ("train.recip=x", "no setting is called 'train.recip': did you mean 'recipe'"),
+        ("check.num_prompts=0", "check.num_prompts is 0: Input should be greater than or equal to 1"),
+        ("check.dtype=float8", "check.dtype is \"float8\": Input should be 'float32' or 'bfloat16'"),
+        ("check.parallel.data_parallel_size=2", "must be 1"),
+        ("name=A B", 'name is "A B"'),
+        ("name.first=x", "'name' is a value, not a section"),
+        ("name", "has no '='"),
+    ],
+)
+def test_bad_overrides(file, override, message) -> None:
+    with pytest.raises(SpecError) as error:
+        load_spec(file, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[1]", "holds list"), ("a: [", "neither YAML nor JSON"), ("name: tiny", "source is missing")],
+)
+def test_bad_files(tmp_path, text, message) -> None:
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=message):
+        load_spec(path)
+
+
+def test_missing_file(tmp_path) -> None:
+    with pytest.raises(SpecError, match="cannot read the spec"):
+        load_spec(tmp_path / "none.yaml")
+
+
+def test_every_field_has_a_description_for_the_form() -> None:
+    schema = ReleaseSpec.model_json_schema()
+    sections = [section for section in schema["$defs"].values() if "properties" in section]
+    fields = [(s["title"], n, f) for s in [schema, *sections] for n, f in s["properties"].items()]
+    assert [
+        f"{title}.{name}"
+        for title, name, field in fields
+        if not field.get("description") and "$ref" not in field
+    ] == []
