@@ -1,7 +1,7 @@
-"""Makes Megatron Core 0.16 run on the CPU with gloo: one small patch for each place that takes CUDA for granted.
+"""Makes Megatron Core 0.16 run on the CPU with gloo: one small patch for each thing that it expects of CUDA.
 
-Nothing happens on import. `install()` is called by `bridge.distributed.initialize`, works once per process and
-has no effect where a GPU is present. Every patch says which upstream file needs it.
+Nothing happens on import. `install()` is called by `bridge.distributed.initialize`, works once per process
+and has no effect where a GPU is present. Every patch says which upstream file needs it.
 """
 
 import functools
@@ -34,7 +34,7 @@ def name_cpu_as_current_device() -> None:
 
 
 def silence_device_calls() -> None:
-    """pipeline_parallel/p2p_communication.py, timers.py and dist_checkpointing wait for a device or select one."""
+    """pipeline_parallel/p2p_communication.py, timers.py and dist_checkpointing wait for the device."""
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.set_device = lambda device: None
     torch.cuda.empty_cache = lambda: None
@@ -43,9 +43,9 @@ def silence_device_calls() -> None:
 def create_on_cpu() -> None:
     """optimizer/optimizer.py, clip_grads.py and pipeline_parallel/schedules.py write `device="cuda"`.
 
-    Plain wrappers rather than a TorchFunctionMode: a mode is left during `Tensor.backward` and in other threads.
+    Plain wrappers rather than a TorchFunctionMode: a mode ends at `Tensor.backward` and at a thread's border.
     """
-    # `with torch.device("meta")` keeps a cached set of the factories; fill it while they are the originals.
+    # `with torch.device("meta")` keeps a cached set of the factories: fill it while they are the originals.
     torch.utils._device._device_constructors()
     for name in FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
@@ -80,7 +80,7 @@ def stay_on_cpu() -> None:
 
 
 def report_cuda_types() -> None:
-    """optimizer/optimizer.py, distrib_optimizer.py and clip_grads.py compare `type()` with torch.cuda.* names."""
+    """optimizer/optimizer.py, distrib_optimizer.py and clip_grads.py compare `type()` with torch.cuda.*."""
     cast = torch.Tensor.type
 
     @functools.wraps(cast)
@@ -110,7 +110,7 @@ def use_cpu_generator() -> None:
 
 
 def allow_norms_in_sequence_parallel() -> None:
-    """transformer/torch_norm.py refuses sequence parallelism, although finalize_model_grads can sum its gradients."""
+    """transformer/torch_norm.py refuses sequence parallelism; finalize_model_grads sums its gradients."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
@@ -126,9 +126,9 @@ def allow_norms_in_sequence_parallel() -> None:
 
 
 def fork_result_queue() -> None:
-    """dist_checkpointing/strategies/filesystem_async.py spawns a process for a queue: six seconds at the first save.
+    """dist_checkpointing/strategies/filesystem_async.py spawns a process for a queue at the first save.
 
-    The spawned process imports torch and `__main__` again; without CUDA a forked one is safe.
+    That process imports torch and `__main__` again, which takes six seconds; without CUDA a fork is safe.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -140,7 +140,7 @@ def fork_result_queue() -> None:
 
 
 def use_cpu_adam() -> None:
-    """optimizer/__init__.py falls back to torch's Adam, which optimizer/distrib_optimizer.py resumes wrongly."""
+    """optimizer/__init__.py falls back to torch's Adam, which distrib_optimizer.py resumes wrongly."""
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 

@@ -1,8 +1,8 @@
 """Adam for the CPU with the state layout of Transformer Engine's FusedAdam.
 
-Megatron's distributed optimizer loses the step count of `torch.optim.Adam` on resume: it keeps it per parameter,
-FusedAdam per group (megatron/core/optimizer/distrib_optimizer.py, load_state_dict). With this class a run on the
-CPU resumes bit for bit, and its optimizer state is the one that a run on GPUs writes and reads.
+Megatron's distributed optimizer loses the step count of `torch.optim.Adam` on resume: torch keeps it per
+parameter, FusedAdam per group (megatron/core/optimizer/distrib_optimizer.py, load_state_dict). With this
+class a run on the CPU resumes bit for bit, and its optimizer state is the one that a run on GPUs has.
 """
 
 from collections.abc import Callable, Iterable

@@ -67,7 +67,7 @@ def uses_transformer_engine(provider: GPTModelProvider) -> bool:
 def transformer_config(
     provider: GPTModelProvider, *, perform_initialization: bool = True
 ) -> TransformerConfig:
-    """Build Megatron Core's config; without `perform_initialization` weights stay unset until they are loaded."""
+    """Build Megatron Core's config; without `perform_initialization` weights are unset until loaded."""
     provider.finalize()
     if provider.context_parallel_size > 1 and not uses_transformer_engine(provider):
         raise ConfigError(
@@ -84,8 +84,8 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
         perform_initialization=perform_initialization,
-        # With two stages both neighbours are one rank, and batched messages of the interleaved schedule get mixed
-        # up without an error: Megatron's own argument parser sets the two in this way.
+        # With two stages both neighbours are one rank, and batched messages of the interleaved schedule get
+        # mixed up without an error: Megatron's own argument parser sets the two in this way.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         # gloo may still be sending an output when the schedule frees it.

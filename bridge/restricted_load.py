@@ -2,14 +2,15 @@
 
 Megatron Core 0.16 unpickles `.metadata` and every stored object without restriction, and Transformer Engine
 unpickles the `_extra_state` tensors that it is handed. `load` stands in for `dist_checkpointing.load`: the
-metadata may hold only the classes that describe tensors, objects are loaded as torch's weights-only format, file
-names stay inside the checkpoint's folder, and `_extra_state` is not read at all.
+metadata may hold only the classes that describe tensors, objects are loaded in torch's weights-only mode,
+files lie inside the checkpoint's folder, and `_extra_state` is not read at all.
 """
 
 import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,56 +29,54 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
+from bridge.contained_path import contained_file
 from bridge.errors import CheckpointError
+from bridge.torch_dist.restricted_pickle import read_pickle
 
 DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
 )
-ALLOWED_GLOBALS = {
-    "torch": {"Size", "strided", *DTYPES},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
+DESCRIBING_CLASSES = {
+    "torch": ("Size", "strided", *DTYPES),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": (
         *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
         *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "torch.distributed.checkpoint.planner": (
         *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
-    },
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
-    "pathlib": {"PosixPath", "PurePosixPath"},
-    "pathlib._local": {"PosixPath", "PurePosixPath"},
+    ),
+    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
+    "pathlib": ("PosixPath", "PurePosixPath"),
 }
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Builds the classes that describe a checkpoint's tensors and no others."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in ALLOWED_GLOBALS.get(module, ()):
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
+ALLOWED_GLOBALS = {
+    (module, name): getattr(import_module(module), name)
+    for module, names in DESCRIBING_CLASSES.items()
+    for name in names
+}
 
 
 def read_metadata(path: Path) -> Metadata:
     """Read the `.metadata` of the checkpoint at `path`; CheckpointError when it holds anything unexpected."""
     file = path / ".metadata"
     try:
-        metadata = MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
-    # A damaged pickle raises almost anything; whatever it is, the file is not a checkpoint's metadata.
-    except Exception as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        data = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    metadata = read_pickle(data, ALLOWED_GLOBALS, str(file))
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{file} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
-    for item in metadata.storage_data.values():
-        if Path(item.relative_path).name != item.relative_path:
-            raise CheckpointError(f"{file} names {item.relative_path!r}: files must lie in the folder itself")
+    for name in {item.relative_path for item in metadata.storage_data.values()}:
+        contained_file(path, name, file)
     return metadata
 
 
 class RestrictedReader(CachedMetadataFileSystemReader):
     """torch's reader of checkpoint files with a restricted unpickler for the metadata."""
+
+    _cached_metadata: Metadata | None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._cached_metadata is None:
@@ -97,7 +96,7 @@ class RestrictedPlanner(torch_strategy.MCoreLoadPlanner):
 
 
 class RestrictedCommonStrategy(TorchCommonLoadStrategy):
-    """Megatron's reader of common.pt, limited whatever the environment's TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD says."""
+    """Megatron's reader of common.pt, limited also where TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set."""
 
     def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
         return torch.load(Path(checkpoint_dir, COMMON_STATE_FNAME), map_location="cpu", weights_only=True)
@@ -156,8 +155,8 @@ def reason(error: BaseException) -> str:
 def without_extra_state(sharded_state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return the state dict without Transformer Engine's `_extra_state`, for loading and for saving.
 
-    It is empty unless a run uses fp8, the local layers have none, and a checkpoint from another layer spec or from
-    an import must not miss it.
+    It is empty unless a run uses fp8, the local layers have none, and a checkpoint from another layer spec or
+    from an import must not miss it.
     """
 
     def is_extra_state(value: Any) -> bool:

@@ -1,0 +1,183 @@
+"""Weights between a live, sharded model and a Hugging Face checkpoint, by the same plan as conversions on disk.
+
+Nothing here knows about tensor or pipeline parallelism: each rank's `ShardedTensor`s say which box of which
+global tensor it holds.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.utils import unwrap_model
+from safetensors import safe_open
+
+from bridge.distributed import device
+from bridge.errors import CoverageError
+from bridge.families import plan_weights
+from bridge.hf_checkpoint import HfCheckpoint
+from bridge.mapping import Block, WeightPlan
+from bridge.provider import GPTModelProvider
+
+GlobalTensor = tuple[str, tuple[int, ...]]
+"""A key of the weight plan and the index into its leading axes."""
+
+
+class Box(NamedTuple):
+    """The part of a global tensor that a rank holds: offsets and sizes without the leading axes."""
+
+    key: str
+    lead: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass
+class Shard:
+    """A box and this rank's tensor for it, a view of a parameter."""
+
+    box: Box
+    data: torch.Tensor
+    is_main_replica: bool
+
+
+def shards_of(chunks: Sequence[torch.nn.Module]) -> list[Shard]:
+    """List the shards of this rank's model chunks, each parameter's rows where the global tensor has them."""
+    shards = []
+    for chunk in unwrap_model(list(chunks)):
+        state_dict = chunk.sharded_state_dict()
+        apply_factories(state_dict)  # splits gate from up projections, which lie apart in the global tensor
+        tensors = [value for value in nested_values(state_dict) if isinstance(value, ShardedTensor)]
+        shards.extend(_shard(tensor) for tensor in tensors)
+    return shards
+
+
+def _shard(tensor: ShardedTensor) -> Shard:
+    axes = tensor.prepend_axis_num
+    offset = tuple(int(number) for number in tensor.global_offset)
+    box = Box(tensor.key, offset[:axes], offset[axes:], tuple(tensor.local_shape))
+    return Shard(box, tensor.data.detach(), is_main_replica(tensor.replica_id))
+
+
+def blocks_by_tensor(plan: WeightPlan) -> dict[GlobalTensor, list[Block]]:
+    blocks: dict[GlobalTensor, list[Block]] = defaultdict(list)
+    for block in plan.blocks:
+        blocks[block.key, block.lead].append(block)
+    return blocks
+
+
+def overlap(block: Block, box: Box) -> tuple[int, int]:
+    """Return the rows of the global tensor that are in both; the second not above the first means none."""
+    first = max(block.megatron_row, box.offsets[0])
+    return first, min(block.megatron_row + block.rows, box.offsets[0] + box.sizes[0])
+
+
+class HfReader:
+    """Reads boxes of tensors from a checkpoint's shards, which stay open and mapped."""
+
+    def __init__(self, checkpoint: HfCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.files: dict[Any, Any] = {}
+
+    def read(self, name: str, first: int, last: int, box: Box) -> torch.Tensor:
+        """Return rows [first, last) of tensor `name`, with the columns of `box`."""
+        file = self.checkpoint.tensors[name].file
+        if file not in self.files:
+            self.files[file] = safe_open(file, framework="pt")
+        columns = [
+            slice(start, start + size) for start, size in zip(box.offsets[1:], box.sizes[1:], strict=True)
+        ]
+        return self.files[file].get_slice(name)[(slice(first, last), *columns)]
+
+
+def load_hf_weights(
+    chunks: Sequence[torch.nn.Module], provider: GPTModelProvider, checkpoint: HfCheckpoint
+) -> None:
+    """Fill this rank's model chunks with its own slices of a Hugging Face checkpoint, cast to their dtype."""
+    plan = plan_weights(provider)
+    check_coverage(plan, checkpoint)
+    blocks, reader = blocks_by_tensor(plan), HfReader(checkpoint)
+    for shard in shards_of(chunks):
+        box = shard.box
+        if (box.key, box.lead) not in blocks:
+            raise CoverageError(f"the model has {box.key} {box.lead}, for which the family has no rule")
+        shard.data.zero_()  # rows that only pad the vocabulary
+        for block in blocks[box.key, box.lead]:
+            first, last = overlap(block, box)
+            if first < last:
+                row = block.hf_row + first - block.megatron_row
+                rows = shard.data[first - box.offsets[0] : last - box.offsets[0]]
+                rows.copy_(reader.read(block.hf, row, row + last - first, box))
+
+
+def check_coverage(plan: WeightPlan, checkpoint: HfCheckpoint) -> None:
+    """Raise CoverageError unless the checkpoint has exactly the tensors of the plan."""
+    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    for name, shape in plan.hf_shapes.items():
+        if name not in shapes:
+            raise CoverageError(f"{checkpoint.path} has no tensor {name!r}, which its config asks for")
+        if shapes[name] != shape:
+            raise CoverageError(f"{name!r} has shape {list(shapes[name])}, its config asks for {list(shape)}")
+    for name in shapes:
+        if name not in plan.hf_shapes and name not in plan.tied and not plan.is_buffer(name):
+            raise CoverageError(f"{checkpoint.path} has tensor {name!r}, for which the family has no rule")
+
+
+def export_hf_weights(
+    chunks: Sequence[torch.nn.Module], provider: GPTModelProvider, *, cpu: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every Hugging Face tensor whole, in its name, on every rank; all ranks must iterate together.
+
+    One global Megatron tensor at a time is gathered, so memory stays at a layer's largest tensor.
+    """
+    owned = {shard.box: shard.data for shard in shards_of(chunks) if shard.is_main_replica}
+    boxes = gather_boxes(list(owned))
+    plan = plan_weights(provider)
+    dtype = getattr(torch, provider.params_dtype)
+    for tensor, blocks in blocks_by_tensor(plan).items():
+        parts = {
+            name: torch.empty(plan.hf_shapes[name], dtype=dtype, device=device()) for name in names(blocks)
+        }
+        for rank, box in boxes[tensor]:
+            part = owned.get(box) if rank == torch.distributed.get_rank() else None
+            scatter_rows(blocks, box, broadcast(part, box, rank, dtype), parts)
+        for name, weight in parts.items():
+            yield name, weight.cpu() if cpu else weight
+
+
+def names(blocks: list[Block]) -> list[str]:
+    return list(dict.fromkeys(block.hf for block in blocks))
+
+
+def gather_boxes(own: list[Box]) -> dict[GlobalTensor, list[tuple[int, Box]]]:
+    """Tell every rank which rank holds which box."""
+    per_rank: list[list[Box]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(per_rank, own)
+    boxes: dict[GlobalTensor, list[tuple[int, Box]]] = defaultdict(list)
+    for rank, held in enumerate(per_rank):
+        for box in held:
+            boxes[box.key, box.lead].append((rank, box))
+    return boxes
+
+
+def broadcast(part: torch.Tensor | None, box: Box, rank: int, dtype: torch.dtype) -> torch.Tensor:
+    if part is None:
+        part = torch.empty(box.sizes, dtype=dtype, device=device())
+    part = part.contiguous()
+    torch.distributed.broadcast(part, src=rank)
+    return part
+
+
+def scatter_rows(blocks: list[Block], box: Box, part: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    """Copy the rows of one box to where the Hugging Face tensors have them."""
+    for block in blocks:
+        first, last = overlap(block, box)
+        if first < last:
+            row = block.hf_row + first - block.megatron_row
+            target = tensors[block.hf][row : row + last - first]
+            for axis, (start, size) in enumerate(zip(box.offsets[1:], box.sizes[1:], strict=True), start=1):
+                target = target.narrow(axis, start, size)
+            target.copy_(part[first - box.offsets[0] : last - box.offsets[0]])
