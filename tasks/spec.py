@@ -30,8 +30,6 @@ class SourceSpec(Section):
 
     uri: str = Field(min_length=1)
     """A folder, an s3:// address, or hf://organisation/name@revision."""
-    trust_remote_code: bool = False
-    """Whether Python code that comes with the checkpoint may be copied and run; recorded in the release."""
 
 
 class DatasetSpec(Section):
