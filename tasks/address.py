@@ -57,8 +57,8 @@ def _bucket_address(rest: str) -> Address:
     bucket, _, prefix = rest.strip("/").partition("/")
     if "@" in bucket or ":" in bucket or "?" in rest:
         raise InputError(
-            "an s3:// address may hold no user, password or option: write s3://bucket/prefix and give credentials"
-            " by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or by an AWS profile"
+            "an s3:// address may hold no user, password or option: write s3://bucket/prefix and give"
+            " credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or by an AWS profile"
         )
     if not bucket or not prefix:
         raise InputError(f"s3://{rest} names no folder in a bucket: write s3://bucket/prefix")
@@ -83,7 +83,7 @@ def open_filesystem(address: Address) -> Any:
 def call(filesystem: Any, method: str, *arguments: Any, timeout: float = CALL_SECONDS, **options: Any) -> Any:
     """Call `filesystem.method(...)` and turn what goes wrong into one-line errors of ours.
 
-    An S3 call that has not ended after `timeout` seconds is a StoreError; the hub's client has limits of its own.
+    An S3 call that has not ended after `timeout` seconds is a StoreError; the hub's client has limits too.
     """
     try:
         if isinstance(filesystem, AsyncFileSystem):
@@ -98,16 +98,17 @@ def call(filesystem: Any, method: str, *arguments: Any, timeout: float = CALL_SE
 
 
 def remote_errors() -> tuple[type[Exception], ...]:
-    """List what S3, the hub and the disk raise; the hub's own errors are among OSError and ValueError."""
-    import httpx
+    """List what S3, the hub and the disk raise."""
     from botocore.exceptions import BotoCoreError, ClientError
     from fsspec.exceptions import FSTimeoutError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return (OSError, BotoCoreError, ClientError, FSTimeoutError, httpx.HTTPError, httpx.InvalidURL)
+    # the HTTP library that the hub's client raises from differs between its releases (httpx, httpx2)
+    return (OSError, BotoCoreError, ClientError, FSTimeoutError, HfHubHTTPError.__bases__[0])
 
 
 def explain(error: Exception, where: str) -> BridgeworksError:
-    """Return our error for one of a remote store, without user names or passwords of addresses in its text."""
+    """Return our error for one of a remote store, without the user names and passwords of its addresses."""
     text = re.sub(r"//[^/\s@]+@", "//", " ".join(str(error).split()))[:300]
     kind = type(error).__name__
     if kind == "NoCredentialsError":

@@ -1,6 +1,6 @@
 """Fetching a checkpoint from a folder, S3 or the Hugging Face hub into a local folder, resumable and pinned.
 
-Only what a conversion reads is copied: config, tokenizer, licence and safetensors shards. No pickles, no code.
+Only what a conversion reads is copied: config, tokenizer, licence, safetensors shards; no pickles, no code.
 """
 
 import fnmatch
@@ -51,10 +51,16 @@ class Source:
 def identify(uri: str) -> dict[str, Any]:
     """Say which checkpoint `uri` means right now, without reading its weights.
 
-    A hub address that names a commit is its own identity and needs no network.
+    A hub address that names a commit is its own identity and needs no network. A folder is checked here, so
+    that a wrong one is refused before anything is written.
     """
     address = pin(parse_address(uri))
-    return {"uri": str(address)} if address.scheme == "hf" else survey(address).identity
+    if address.scheme == "hf":
+        return {"uri": str(address)}
+    identity = survey(address).identity
+    if address.scheme == "file":
+        provider_of(HfCheckpoint.open(address.path).config)
+    return identity
 
 
 def pin(address: Address) -> Address:
@@ -208,7 +214,7 @@ def _list_folder(address: Address) -> dict[str, RemoteFile]:
     folder = Path(address.path)
     if not folder.is_dir():
         raise InputError(f"no such folder: {folder}")
-    files = [path for path in folder.iterdir() if path.is_file()]
+    files = [path for path in folder.iterdir() if path.is_file() and may_fetch(path.name)]
     for path in files:
         check_contained(folder, path)
     return {
