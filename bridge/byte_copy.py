@@ -1,0 +1,114 @@
+"""Copies byte ranges between files with a few threads, in memory that does not depend on their sizes."""
+
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from bridge.errors import CheckpointError
+
+# Measured: at 1 MiB the buffer leaves the processor's cache and a copy with CRC runs at 0.6 of the speed.
+BUFFER_SIZE = 256 * 1024
+MAX_VIEWS = 1024  # IOV_MAX of Linux: the most buffers that one preadv fills
+
+Item = TypeVar("Item")
+Progress = Callable[[int, int], None]
+
+
+class OpenFiles:
+    """Files opened for reading, each once, until the `with` block ends."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(file, os.O_RDONLY)
+            return self._descriptors[file]
+
+    def __enter__(self) -> "OpenFiles":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+
+class ThreadBuffer(threading.local):
+    """A buffer of each thread's own, used again for every copy."""
+
+    def __init__(self, size: int = BUFFER_SIZE) -> None:
+        self.view = memoryview(bytearray(size))
+
+
+def read_into(descriptor: int, views: list[memoryview], offset: int) -> None:
+    """Fill `views` in turn with the bytes from `offset` on; fewer bytes are a CheckpointError."""
+    while views:
+        count = os.preadv(descriptor, views[:MAX_VIEWS], offset)
+        if count == 0:
+            raise CheckpointError(f"a file ends at byte {offset}, in the middle of a tensor: fetch it again")
+        offset += count
+        views = _without(views, count)
+
+
+def _without(views: list[memoryview], count: int) -> list[memoryview]:
+    """Return what is left of `views` after their first `count` bytes."""
+    for number, view in enumerate(views):
+        if count < view.nbytes:
+            return [view[count:], *views[number + 1 :]]
+        count -= view.nbytes
+    return []
+
+
+def write_from(descriptor: int, view: memoryview | bytes, offset: int) -> None:
+    """Write all bytes of `view` at `offset`."""
+    rest = memoryview(view)
+    while rest:
+        count = os.pwrite(descriptor, rest, offset)
+        offset += count
+        rest = rest[count:]
+
+
+def copy_range(
+    source: int, start: int, nbytes: int, target: int, position: int, buffer: memoryview, crc: int = 0
+) -> int:
+    """Copy `nbytes` bytes between descriptors; return the CRC-32 of the bytes, continued from `crc`."""
+    while nbytes:
+        view = buffer[: min(len(buffer), nbytes)]
+        read_into(source, [view], start)
+        crc = zlib.crc32(view, crc)
+        write_from(target, view, position)
+        start, position, nbytes = start + len(view), position + len(view), nbytes - len(view)
+    return crc
+
+
+class ProgressCounter:
+    """Adds up what several threads have done and reports it to one callback, in order."""
+
+    def __init__(self, total: int, report: Progress | None) -> None:
+        self.total, self.done, self._report = total, 0, report
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+            if self._report:
+                self._report(self.done, self.total)
+
+
+def for_each(work: Callable[[Item], None], items: Iterable[Item], workers: int) -> None:
+    """Do `work` on every item in `workers` threads; the first error stops the items not yet begun."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="copy")
+    try:
+        finished, _ = wait([pool.submit(work, item) for item in items], return_when=FIRST_EXCEPTION)
+        pool.shutdown(cancel_futures=True)
+        for future in finished:
+            future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,80 @@
+"""Coverage: the tensors of a checkpoint are exactly those that its config and its family declare."""
+
+from collections.abc import Iterable
+
+from bridge.byte_copy import BUFFER_SIZE, OpenFiles, read_into
+from bridge.dtypes import WEIGHT_DTYPES
+from bridge.errors import CheckpointError, CoverageError
+from bridge.hf_checkpoint import HfCheckpoint, TensorSlice
+from bridge.mapping import WeightPlan
+from bridge.torch_dist.metadata import StoredTensor
+
+# The only tensors that training pads: rows up to a multiple that tensor parallelism can share.
+PADDED_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def check_hf_coverage(plan: WeightPlan, checkpoint: HfCheckpoint) -> None:
+    """Compare a Hugging Face folder with its plan: names, shapes, dtypes, and copies of tied tensors."""
+    found = {name: tensor for name, tensor in checkpoint.tensors.items() if not plan.is_buffer(name)}
+    where = str(checkpoint.path)
+    _check_names(plan.hf_shapes, set(found) - set(plan.tied), where)
+    for name, shape in plan.hf_shapes.items():
+        if found[name].shape != shape:
+            raise CoverageError(
+                f"{where}: {name!r} has shape {list(found[name].shape)}, its config says {list(shape)}"
+            )
+        _check_dtype(name, found[name].dtype, where)
+    for copy, original in plan.tied.items():
+        if copy in found:
+            _check_copy(copy, found[copy], original, found[original])
+
+
+def check_megatron_coverage(plan: WeightPlan, stored: dict[str, StoredTensor], where: str) -> None:
+    """Compare the model tensors of a Megatron checkpoint with its plan: names, shapes and dtypes."""
+    _check_names(plan.megatron_shapes, stored, where)
+    for key, shape in plan.megatron_shapes.items():
+        found = stored[key].shape
+        padded = key in PADDED_KEYS and found[0] >= shape[0]
+        if found != shape and not (padded and found[1:] == shape[1:]):
+            raise CoverageError(f"{where}: {key!r} has shape {list(found)}, its model says {list(shape)}")
+        _check_dtype(key, stored[key].dtype, where)
+
+
+def _check_names(declared: Iterable[str], found: Iterable[str], where: str) -> None:
+    if missing := sorted(set(declared) - set(found)):
+        raise CoverageError(
+            f"{where} lacks {_first_of(missing)}: the checkpoint is not of the model it names"
+        )
+    if left_over := sorted(set(found) - set(declared)):
+        raise CoverageError(f"{where} holds {_first_of(left_over)}, for which the family has no rule")
+
+
+def _first_of(names: list[str]) -> str:
+    return repr(names[0]) + (f" and {len(names) - 1} more tensors" if len(names) > 1 else "")
+
+
+def _check_dtype(name: str, dtype: str, where: str) -> None:
+    if dtype not in WEIGHT_DTYPES:
+        raise CoverageError(f"{where}: {name!r} has dtype {dtype}: allowed are {', '.join(WEIGHT_DTYPES)}")
+
+
+def _check_copy(name: str, tensor: TensorSlice, original_name: str, original: TensorSlice) -> None:
+    """A tied tensor that is stored as well must be the same, or one of the two would be lost."""
+    same = (tensor.shape, tensor.dtype) == (original.shape, original.dtype)
+    if not same or not _equal_bytes(tensor, original):
+        raise CheckpointError(
+            f"{tensor.file}: {name!r} differs from {original_name!r}, with which config.json ties it:"
+            " set tie_word_embeddings to false if the weights are right"
+        )
+
+
+def _equal_bytes(a: TensorSlice, b: TensorSlice) -> bool:
+    views = memoryview(bytearray(BUFFER_SIZE)), memoryview(bytearray(BUFFER_SIZE))
+    with OpenFiles() as files:
+        for start in range(0, a.nbytes, BUFFER_SIZE):
+            size = min(BUFFER_SIZE, a.nbytes - start)
+            for tensor, view in zip((a, b), views, strict=True):
+                read_into(files.descriptor(tensor.file), [view[:size]], tensor.offset + start)
+            if views[0][:size] != views[1][:size]:
+                return False
+    return True

@@ -1,0 +1,131 @@
+"""The ledger of a checkpoint: one record with a digest for each Hugging Face tensor, at either end."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.byte_copy import OpenFiles, Progress, ProgressCounter, ThreadBuffer, for_each, read_into
+from bridge.conversion import check_workers
+from bridge.coverage import check_hf_coverage
+from bridge.errors import CheckpointError
+from bridge.families import plan_weights, provider_of
+from bridge.hf_checkpoint import CONFIG, HfCheckpoint, TensorSlice
+from bridge.hf_view import HfView
+from bridge.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
+
+
+@dataclass(frozen=True)
+class LedgerRecord:
+    """One tensor by its Hugging Face name; `file` and `offset` say where its first byte lies at this end."""
+
+    name: str
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+
+    @property
+    def content(self) -> tuple[tuple[int, ...], str, str]:
+        """What two ends have in common: shape, dtype and digest."""
+        return self.shape, self.dtype, self.sha256
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The records of a checkpoint in the order of their names; a tied tensor counts once."""
+
+    path: Path
+    records: tuple[LedgerRecord, ...]
+
+
+@dataclass(frozen=True)
+class LedgerComparison:
+    """Names of tensors: in the first ledger only, in the second only, in both with other content, equal."""
+
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    different: tuple[str, ...]
+    equal: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not (self.missing or self.extra or self.different)
+
+
+def ledger(path: str | Path, *, workers: int = 2, progress: Progress | None = None) -> Ledger:
+    """Digest a Hugging Face folder, or a Megatron folder as the Hugging Face tensors that it would become."""
+    check_workers(workers)
+    folder = Path(path)
+    if is_megatron_checkpoint(folder):
+        records = _megatron_records(MegatronCheckpoint.open(folder), workers, progress)
+    elif (folder / CONFIG).is_file():
+        records = _hf_records(HfCheckpoint.open(folder), workers, progress)
+    else:
+        raise CheckpointError(f"{folder} is neither a Hugging Face nor a Megatron checkpoint folder")
+    return Ledger(folder, tuple(sorted(records, key=lambda record: record.name)))
+
+
+def compare_ledgers(a: Ledger, b: Ledger) -> LedgerComparison:
+    """Compare two ends tensor by tensor; `missing` is what `a` has and `b` has not."""
+    first, second = ({record.name: record.content for record in end.records} for end in (a, b))
+    common = sorted(set(first) & set(second))
+    return LedgerComparison(
+        missing=tuple(sorted(set(first) - set(second))),
+        extra=tuple(sorted(set(second) - set(first))),
+        different=tuple(name for name in common if first[name] != second[name]),
+        equal=tuple(name for name in common if first[name] == second[name]),
+    )
+
+
+def _hf_records(checkpoint: HfCheckpoint, workers: int, progress: Progress | None) -> Iterable[LedgerRecord]:
+    plan = plan_weights(provider_of(checkpoint.config))
+    check_hf_coverage(plan, checkpoint)
+    tensors = {name: checkpoint.tensors[name] for name in plan.hf_shapes}
+    counter = ProgressCounter(sum(tensor.nbytes for tensor in tensors.values()), progress)
+    records: list[LedgerRecord] = []
+    buffer = ThreadBuffer()
+
+    def digest(name: str) -> None:
+        tensor = tensors[name]
+        sha256 = _digest_slice(tensor, files, buffer.view)
+        records.append(
+            LedgerRecord(name, tensor.file.name, tensor.offset, tensor.shape, tensor.dtype, sha256)
+        )
+        counter.add(tensor.nbytes)
+
+    with OpenFiles() as files:
+        for_each(digest, tensors, workers)
+    return records
+
+
+def _digest_slice(tensor: TensorSlice, files: OpenFiles, buffer: memoryview) -> str:
+    digest = hashlib.sha256()
+    descriptor = files.descriptor(tensor.file)
+    for start in range(0, tensor.nbytes, len(buffer)):
+        view = buffer[: min(len(buffer), tensor.nbytes - start)]
+        read_into(descriptor, [view], tensor.offset + start)
+        digest.update(view)
+    return digest.hexdigest()
+
+
+def _megatron_records(
+    checkpoint: MegatronCheckpoint, workers: int, progress: Progress | None
+) -> Iterable[LedgerRecord]:
+    records: list[LedgerRecord] = []
+    with OpenFiles() as files:
+        view = HfView(checkpoint, files)
+        counter = ProgressCounter(sum(tensor.nbytes for tensor in view.tensors.values()), progress)
+
+        def digest(name: str) -> None:
+            tensor = view.tensors[name]
+            sha256 = hashlib.sha256()
+            for data in view.read(name, 0, tensor.shape[0]):
+                sha256.update(data)
+            file, offset = view.place(name)
+            records.append(LedgerRecord(name, file, offset, tensor.shape, tensor.dtype, sha256.hexdigest()))
+            counter.add(tensor.nbytes)
+
+        for_each(digest, view.tensors, workers)
+    return records

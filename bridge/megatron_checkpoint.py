@@ -1,0 +1,108 @@
+"""A Megatron checkpoint folder: Megatron Core's files, the model's description, Hugging Face side files.
+
+    .metadata, metadata.json, common.pt, *.distcp    Megatron Core's `torch_dist` format
+    model.json                                       the model: `GPTModelProvider.to_dict()`
+    hf/                                              config.json, generation config, tokenizer of the source
+
+A training run's folder holds several, `iter_0000100/` and so on, and says which is the latest.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bridge.errors import CheckpointError
+from bridge.families import plan_weights, provider_of
+from bridge.hf_checkpoint import read_config, side_files
+from bridge.mapping import WeightPlan
+from bridge.provider import GPTModelProvider
+from bridge.torch_dist.metadata import METADATA, TorchDistMetadata, read_metadata
+
+MODEL = "model.json"
+HF_FOLDER = "hf"
+LATEST = "latest_checkpointed_iteration.txt"
+
+# What training saves beside the model: optimizer, one or several in a chain, and the states of its run.
+TRAINING_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
+
+
+@dataclass(frozen=True)
+class MegatronCheckpoint:
+    """An opened checkpoint: its model and where the model's tensors lie, no weights read."""
+
+    path: Path
+    provider: GPTModelProvider
+    metadata: TorchDistMetadata
+    side_files: tuple[Path, ...]
+
+    @classmethod
+    def open(cls, path: str | Path, config_from: str | Path | None = None) -> "MegatronCheckpoint":
+        """Open a checkpoint or the latest one of a training run; anything wrong is a CheckpointError.
+
+        `config_from` is a Hugging Face folder whose config and tokenizer are taken instead of those stored,
+        for checkpoints that have none.
+        """
+        folder = resolve_checkpoint(Path(path))
+        hf_folder = Path(config_from) if config_from else folder / HF_FOLDER
+        provider = provider_of(read_config(hf_folder)) if config_from else read_model(folder)
+        files = tuple(side_files(hf_folder)) if hf_folder.is_dir() else ()
+        return cls(folder, provider, read_metadata(folder, skip=is_training_state), files)
+
+    def plan(self) -> WeightPlan:
+        """Spell out every block between this checkpoint and its Hugging Face view."""
+        return plan_weights(self.provider)
+
+
+def is_training_state(key: str) -> bool:
+    """Say whether a key belongs to a training run's state rather than to the model."""
+    return key.startswith(TRAINING_STATE)
+
+
+def is_megatron_checkpoint(path: Path) -> bool:
+    """Say whether a folder is a Megatron checkpoint or holds those of a training run."""
+    return (path / METADATA).is_file() or (path / LATEST).is_file()
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """Return the folder if it is a checkpoint, else the latest checkpoint of the training run in it."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder: give the folder of a Megatron checkpoint")
+    if (path / METADATA).is_file():
+        return path
+    if not (path / LATEST).is_file():
+        raise CheckpointError(
+            f"{path} has neither {METADATA} nor {LATEST}: give a Megatron checkpoint's folder"
+        )
+    latest = (path / LATEST).read_text().strip()
+    folder = path / (f"iter_{int(latest):07d}" if latest.isascii() and latest.isdigit() else "release")
+    if not (folder.name == latest or latest.isdigit()) or not (folder / METADATA).is_file():
+        raise CheckpointError(f"{path / LATEST} says {latest[:40]!r}, but {folder} holds no checkpoint")
+    return folder
+
+
+def write_model(folder: Path, provider: GPTModelProvider, hf_files: Iterable[Path] = ()) -> None:
+    """Describe the model of the checkpoint in `folder`; `hf_files` are copied into its hf/ as they are."""
+    (folder / MODEL).write_text(json.dumps(provider.to_dict(), indent=1) + "\n")
+    (folder / HF_FOLDER).mkdir(exist_ok=True)
+    for file in hf_files:
+        shutil.copyfile(file, folder / HF_FOLDER / file.name)
+
+
+def copy_model(source: Path, folder: Path) -> None:
+    """Take over the description and the side files of the checkpoint `source`, as training does."""
+    write_model(folder, read_model(source), sorted((source / HF_FOLDER).iterdir()))
+
+
+def read_model(folder: Path) -> GPTModelProvider:
+    """Read the description of the model of a checkpoint."""
+    file = folder / MODEL
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no {MODEL}: name a Hugging Face folder of the same model for its config"
+        )
+    try:
+        return GPTModelProvider.from_dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is malformed: {error}") from error
