@@ -1,4 +1,4 @@
-"""Weights between a live, sharded model and a Hugging Face checkpoint, by the same plan as conversions on disk.
+"""Weights between a live, sharded model and a Hugging Face checkpoint, by the plan of conversions on disk.
 
 Nothing here knows about tensor or pipeline parallelism: each rank's `ShardedTensor`s say which box of which
 global tensor it holds.
@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.utils import unwrap_model
 from safetensors import safe_open
 
+from bridge.coverage import check_hf_coverage
 from bridge.distributed import device
 from bridge.errors import CoverageError
 from bridge.families import plan_weights
@@ -33,6 +34,7 @@ class Box(NamedTuple):
     lead: tuple[int, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Shard:
 
 def shards_of(chunks: Sequence[torch.nn.Module]) -> list[Shard]:
     """List the shards of this rank's model chunks, each parameter's rows where the global tensor has them."""
-    shards = []
+    shards: list[Shard] = []
     for chunk in unwrap_model(list(chunks)):
         state_dict = chunk.sharded_state_dict()
         apply_factories(state_dict)  # splits gate from up projections, which lie apart in the global tensor
@@ -58,7 +60,7 @@ def shards_of(chunks: Sequence[torch.nn.Module]) -> list[Shard]:
 def _shard(tensor: ShardedTensor) -> Shard:
     axes = tensor.prepend_axis_num
     offset = tuple(int(number) for number in tensor.global_offset)
-    box = Box(tensor.key, offset[:axes], offset[axes:], tuple(tensor.local_shape))
+    box = Box(tensor.key, offset[:axes], offset[axes:], tuple(tensor.local_shape), tensor.dtype)
     return Shard(box, tensor.data.detach(), is_main_replica(tensor.replica_id))
 
 
@@ -98,7 +100,7 @@ def load_hf_weights(
 ) -> None:
     """Fill this rank's model chunks with its own slices of a Hugging Face checkpoint, cast to their dtype."""
     plan = plan_weights(provider)
-    check_coverage(plan, checkpoint)
+    check_hf_coverage(plan, checkpoint)
     blocks, reader = blocks_by_tensor(plan), HfReader(checkpoint)
     for shard in shards_of(chunks):
         box = shard.box
@@ -113,19 +115,6 @@ def load_hf_weights(
                 rows.copy_(reader.read(block.hf, row, row + last - first, box))
 
 
-def check_coverage(plan: WeightPlan, checkpoint: HfCheckpoint) -> None:
-    """Raise CoverageError unless the checkpoint has exactly the tensors of the plan."""
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    for name, shape in plan.hf_shapes.items():
-        if name not in shapes:
-            raise CoverageError(f"{checkpoint.path} has no tensor {name!r}, which its config asks for")
-        if shapes[name] != shape:
-            raise CoverageError(f"{name!r} has shape {list(shapes[name])}, its config asks for {list(shape)}")
-    for name in shapes:
-        if name not in plan.hf_shapes and name not in plan.tied and not plan.is_buffer(name):
-            raise CoverageError(f"{checkpoint.path} has tensor {name!r}, for which the family has no rule")
-
-
 def export_hf_weights(
     chunks: Sequence[torch.nn.Module], provider: GPTModelProvider, *, cpu: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -136,20 +125,22 @@ def export_hf_weights(
     owned = {shard.box: shard.data for shard in shards_of(chunks) if shard.is_main_replica}
     boxes = gather_boxes(list(owned))
     plan = plan_weights(provider)
-    dtype = getattr(torch, provider.params_dtype)
     for tensor, blocks in blocks_by_tensor(plan).items():
-        parts = {
-            name: torch.empty(plan.hf_shapes[name], dtype=dtype, device=device()) for name in names(blocks)
-        }
-        for rank, box in boxes[tensor]:
-            part = owned.get(box) if rank == torch.distributed.get_rank() else None
-            scatter_rows(blocks, box, broadcast(part, box, rank, dtype), parts)
-        for name, weight in parts.items():
+        for name, weight in gather_tensor(blocks, boxes[tensor], owned, plan).items():
             yield name, weight.cpu() if cpu else weight
 
 
-def names(blocks: list[Block]) -> list[str]:
-    return list(dict.fromkeys(block.hf for block in blocks))
+def gather_tensor(
+    blocks: list[Block], boxes: list[tuple[int, Box]], owned: dict[Box, torch.Tensor], plan: WeightPlan
+) -> dict[str, torch.Tensor]:
+    """Return the Hugging Face tensors that one global Megatron tensor consists of."""
+    names = dict.fromkeys(block.hf for block in blocks)
+    dtype = boxes[0][1].dtype
+    weights = {name: torch.empty(plan.hf_shapes[name], dtype=dtype, device=device()) for name in names}
+    for rank, box in boxes:
+        part = owned.get(box) if rank == torch.distributed.get_rank() else None
+        scatter_rows(blocks, box, broadcast(part, box, rank), weights)
+    return weights
 
 
 def gather_boxes(own: list[Box]) -> dict[GlobalTensor, list[tuple[int, Box]]]:
@@ -163,9 +154,9 @@ def gather_boxes(own: list[Box]) -> dict[GlobalTensor, list[tuple[int, Box]]]:
     return boxes
 
 
-def broadcast(part: torch.Tensor | None, box: Box, rank: int, dtype: torch.dtype) -> torch.Tensor:
+def broadcast(part: torch.Tensor | None, box: Box, rank: int) -> torch.Tensor:
     if part is None:
-        part = torch.empty(box.sizes, dtype=dtype, device=device())
+        part = torch.empty(box.sizes, dtype=box.dtype, device=device())
     part = part.contiguous()
     torch.distributed.broadcast(part, src=rank)
     return part

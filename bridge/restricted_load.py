@@ -129,7 +129,7 @@ def load(
                 without_extra_state(sharded_state_dict),
                 str(path),
                 sharded_strategy=sharded_strategy,
-                common_strategy=RestrictedCommonStrategy("torch", 1),
+                common_strategy=RestrictedCommonStrategy(),
                 strict=strict,
             )
     except (CheckpointException, CheckpointingException, pickle.UnpicklingError, OSError) as error:
@@ -139,7 +139,7 @@ def load(
 def load_common(path: Path | str) -> dict[str, Any]:
     """Return what a checkpoint holds beside its sharded tensors (common.pt)."""
     try:
-        return RestrictedCommonStrategy("torch", 1).load_common(path)
+        return RestrictedCommonStrategy().load_common(path)
     except (pickle.UnpicklingError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path}/{COMMON_STATE_FNAME} cannot be loaded: {reason(error)}") from error
 

@@ -1,0 +1,202 @@
+"""AutoBridge: the bridge of one Hugging Face model, with the interface that users of Megatron Bridge know."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from bridge import live_checkpoint, live_weights
+from bridge.conversion import Conversion
+from bridge.errors import CheckpointError, ConfigError, UnsupportedModelError
+from bridge.exporter import export_checkpoint
+from bridge.families import families, family_of, plan_weights, provider_of
+from bridge.hf_checkpoint import CONFIG, HfCheckpoint, read_config
+from bridge.hf_writer import write_shards
+from bridge.importer import import_checkpoint
+from bridge.megatron_checkpoint import read_model, resolve_checkpoint
+from bridge.provider import GPTModelProvider
+from bridge.staging import SUFFIX, staged_folder
+
+# What a hub repository has that a bridge reads: no code, and no weights in other formats.
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+
+Model = Sequence[torch.nn.Module]
+
+
+class AutoBridge:
+    """Converts one model between Hugging Face and Megatron Core, on disk and in memory.
+
+    A model in memory is the list of chunks that `provide_distributed_model` returns; methods that take one are
+    called on all ranks together.
+    """
+
+    def __init__(self, config: dict[str, Any], checkpoint: HfCheckpoint | None = None) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.family = family_of(config)
+
+    @classmethod
+    def from_hf_pretrained(
+        cls, path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    ) -> "AutoBridge":
+        """Open a folder, or a hub repository ("org/name", downloaded at `revision`)."""
+        checkpoint = HfCheckpoint.open(local_folder(path, revision))
+        return cls(without_own_code(checkpoint.config, trust_remote_code), checkpoint)
+
+    @classmethod
+    def from_hf_config(cls, config: Any) -> "AutoBridge":
+        """Make a bridge without weights from a transformers config or its dict."""
+        return cls(dict(config) if isinstance(config, dict) else config.to_dict())
+
+    @classmethod
+    def can_handle(cls, path: str | Path) -> bool:
+        """Say whether the model in a folder can be converted, its config values included."""
+        try:
+            provider_of(read_config(Path(path)))
+        except (CheckpointError, UnsupportedModelError):
+            return False
+        return True
+
+    @classmethod
+    def list_supported_models(cls) -> list[str]:
+        """List the architectures of all families, such as "LlamaForCausalLM"."""
+        return sorted(family.architecture for family in families().values())
+
+    @classmethod
+    def import_ckpt(cls, hf_path: str | Path, megatron_path: str | Path, **options: Any) -> Conversion:
+        """Convert a Hugging Face folder or hub repository on disk; options are `import_checkpoint`'s."""
+        return import_checkpoint(local_folder(hf_path), megatron_path, **options)
+
+    def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, **options: Any) -> Conversion:
+        """Convert a Megatron checkpoint on disk; options are `export_checkpoint`'s."""
+        return export_checkpoint(megatron_path, hf_path, **options)
+
+    @property
+    def transformer_config(self) -> TransformerConfig:
+        """Megatron Core's config of the model, for one rank."""
+        return provider_of(self.config).transformer_config()
+
+    def to_megatron_provider(self, load_weights: bool = True) -> GPTModelProvider:
+        """Describe the model to Megatron; by default its models start with this checkpoint's weights."""
+        if not load_weights or self.checkpoint is None:
+            return provider_of(self.config)
+        provider = ProviderWithWeights(**vars(provider_of(self.config)))
+        provider.source = self.checkpoint
+        return provider
+
+    def to_megatron_model(self, load_weights: bool = True, **options: Any) -> list[torch.nn.Module]:
+        """Build the model with default sizes; options are `provide_distributed_model`'s."""
+        return self.to_megatron_provider(load_weights).provide_distributed_model(**options)
+
+    def load_hf_weights(self, model: Model, hf_path: str | Path | None = None) -> None:
+        """Fill a model with this checkpoint's weights, or with those of another folder."""
+        source = HfCheckpoint.open(local_folder(hf_path)) if hf_path else self.checkpoint
+        if source is None:
+            raise ConfigError("this bridge was made from a config alone: name the folder of the weights")
+        live_weights.load_hf_weights(model, provider_of(self.config), source)
+
+    def export_hf_weights(self, model: Model, cpu: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) for every Hugging Face tensor, whole and on every rank."""
+        return live_weights.export_hf_weights(model, provider_of(self.config), cpu=cpu)
+
+    def save_hf_weights(self, model: Model, path: str | Path, max_shard_size: str = "5GB") -> None:
+        """Write a model's weights as safetensors shards into an existing folder."""
+        plan, dtype = plan_weights(provider_of(self.config)), next(model[0].parameters()).dtype
+        weights = self.export_hf_weights(model, cpu=True)
+        if is_first_rank():
+            write_shards(Path(path), weights, plan.hf_shapes, dtype, max_shard_size)
+        else:
+            for _ in weights:  # every rank has its part in gathering
+                pass
+        torch.distributed.barrier()
+
+    def save_hf_pretrained(self, model: Model, path: str | Path, max_shard_size: str = "5GB") -> None:
+        """Write weights, config, generation config and tokenizer as a new folder that transformers loads."""
+        target = Path(path)
+        partial = target.with_name(target.name + SUFFIX)
+        with staged_folder(target, 0) if is_first_rank() else nullcontext():
+            torch.distributed.barrier()
+            self.save_hf_weights(model, partial, max_shard_size)
+            if is_first_rank():
+                self._write_side_files(partial, next(model[0].parameters()).dtype)
+        torch.distributed.barrier()
+
+    def _write_side_files(self, folder: Path, dtype: torch.dtype) -> None:
+        provider = provider_of(self.config)
+        provider.params_dtype = str(dtype).removeprefix("torch.")
+        (folder / CONFIG).write_text(json.dumps(self.family.hf_config(provider), indent=2) + "\n")
+        for file in self._side_files():
+            shutil.copyfile(file, folder / file.name)
+
+    def _side_files(self) -> list[Path]:
+        return self.checkpoint.side_files() if self.checkpoint else []
+
+    def save_megatron_model(self, model: Model, path: str | Path) -> None:
+        """Save a model as a new Megatron checkpoint that any parallel layout loads."""
+        files = self._side_files()
+        if self.checkpoint:
+            files.append(self.checkpoint.path / CONFIG)
+        live_checkpoint.save_checkpoint(model, provider_of(self.config), Path(path), files)
+
+    def load_megatron_model(self, path: str | Path, **options: Any) -> list[torch.nn.Module]:
+        """Build a model with the weights of a Megatron checkpoint; fields of the provider may be options.
+
+        The others are `provide_distributed_model`'s.
+        """
+        folder = resolve_checkpoint(Path(path))
+        fields = {field.name for field in dataclasses.fields(GPTModelProvider)}
+        layout = {name: options.pop(name) for name in list(options) if name in fields}
+        provider = dataclasses.replace(read_model(folder), **layout)
+        model = provider.provide_distributed_model(**options, perform_initialization=False)
+        live_checkpoint.load_checkpoint(model, folder)
+        return model
+
+
+class ProviderWithWeights(GPTModelProvider):
+    """A provider whose models start with the weights of a Hugging Face checkpoint."""
+
+    # Not a field of the dataclass: `to_dict` describes the model, not where its weights lie.
+    source: HfCheckpoint
+
+    def provide_distributed_model(self, **options: Any) -> list[torch.nn.Module]:
+        """Build this rank's model chunks and load its slices of the weights."""
+        model = super().provide_distributed_model(**options, perform_initialization=False)
+        live_weights.load_hf_weights(model, self, self.source)
+        return model
+
+
+def is_first_rank() -> bool:
+    return torch.distributed.get_rank() == 0
+
+
+def local_folder(path: str | Path, revision: str | None = None) -> Path:
+    """Return the folder itself, or that of a downloaded hub repository."""
+    if isinstance(path, Path) or Path(path).exists() or path.count("/") != 1 or path.startswith((".", "/")):
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{path} is no folder and cannot be fetched from the hub: {reason}") from error
+
+
+def without_own_code(config: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
+    """Refuse a checkpoint that brings modelling code, unless its use as a known family is asked for.
+
+    The code is not run in either case: a bridge has its own rules, and transformers its own implementation.
+    """
+    if "auto_map" in config and not trust_remote_code:
+        raise UnsupportedModelError(
+            "config.json names code of its own (auto_map): pass trust_remote_code=True to convert the model"
+            f" by the rules of its model_type {config.get('model_type')!r} instead"
+        )
+    return {key: value for key, value in config.items() if key != "auto_map"}

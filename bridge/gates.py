@@ -1,0 +1,74 @@
+"""The gates on logits: which differences between two implementations of one model are rounding, by dtype."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bridge.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LogitsMetrics:
+    """Differences of two sets of logits over all prompts and positions.
+
+    `kl` is the largest divergence and `cosine` the smallest similarity of any position; the agreements are
+    means. `scale` is the largest absolute logit: rounding errors are proportional to it.
+    """
+
+    max_abs: float
+    mean_abs: float
+    kl: float
+    top1_agreement: float
+    top5_agreement: float
+    cosine: float
+    scale: float
+
+
+@dataclass(frozen=True)
+class LogitsThresholds:
+    """Bounds for the metrics of the same name; those of absolute differences are shares of the scale."""
+
+    max_abs: float
+    mean_abs: float
+    kl: float
+    top1_agreement: float
+    top5_agreement: float
+    cosine: float
+
+
+LOGITS_THRESHOLDS = {
+    # A real model of 1.5 billion parameters differs by 2e-6 of its scale, tiny ones by less.
+    "float32": LogitsThresholds(
+        max_abs=1e-4, mean_abs=1e-5, kl=1e-5, top1_agreement=0.99, top5_agreement=0.99, cosine=0.99999
+    ),
+    # With 8 bits the two sides round differently at every layer: tiny models differ by 1e-2 of their scale,
+    # cosine 0.9999. Close candidates for the next token change places.
+    "bfloat16": LogitsThresholds(
+        max_abs=5e-2, mean_abs=1e-2, kl=2e-2, top1_agreement=0.9, top5_agreement=0.9, cosine=0.999
+    ),
+}
+ABSOLUTE = ("max_abs", "mean_abs")
+AT_LEAST = ("top1_agreement", "top5_agreement", "cosine")
+
+
+def thresholds_for(dtype: str) -> LogitsThresholds:
+    """Return the thresholds of a dtype in which both sides compute."""
+    if dtype not in LOGITS_THRESHOLDS:
+        raise ConfigError(f"no logits gate for dtype {dtype!r}: allowed are {', '.join(LOGITS_THRESHOLDS)}")
+    return LOGITS_THRESHOLDS[dtype]
+
+
+def judge_logits(metrics: LogitsMetrics, dtype: str) -> dict[str, Any]:
+    """Return the gate's verdict as JSON values: passed, metrics, thresholds and a line for each failure."""
+    bounds = asdict(thresholds_for(dtype))
+    bounds.update({name: bounds[name] * metrics.scale for name in ABSOLUTE})
+    failures = [
+        f"{name} is {value:.3g}, allowed is {'at least' if name in AT_LEAST else 'at most'} {bounds[name]:.3g}"
+        for name, value in asdict(metrics).items()
+        if name in bounds and not within(name, value, bounds[name])
+    ]
+    return {"passed": not failures, "metrics": asdict(metrics), "thresholds": bounds, "failures": failures}
+
+
+def within(name: str, value: float, bound: float) -> bool:
+    """Say whether a metric keeps its bound; a value that is not a number never does."""
+    return value >= bound if name in AT_LEAST else value <= bound
