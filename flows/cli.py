@@ -1,0 +1,334 @@
+"""The `bridgeworks` command. Each command imports what it needs itself, so that `--help` is quick."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from bridge.errors import BridgeworksError
+
+app = typer.Typer(
+    help="From a Hugging Face checkpoint to a trained, verified and published successor.",
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+audit = typer.Typer(help="Check a release, show it, or compare two.", rich_markup_mode="markdown")
+app.add_typer(audit, name="audit")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead, for scripts.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change one setting, by dotted name; may be repeated."),
+]
+Tensor = Annotated[int, typer.Option("--tp", min=1, help="tensor_model_parallel_size")]
+Pipeline = Annotated[int, typer.Option("--pp", min=1, help="pipeline_model_parallel_size")]
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The release spec, a YAML or JSON file.")]
+
+
+def main() -> None:
+    """Run the command: exit code 0 done, 1 a gate or a job failed, 2 bad input."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        print(f"error: {_one_line(error.format_message())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BridgeworksError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+    """Leave by an exception, so that the launcher lets a job save before it ends."""
+    sys.exit(128 + number)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+@app.callback(invoke_without_command=True)
+@audit.callback(invoke_without_command=True)
+def show_help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def demo(
+    workspace: Annotated[Path, typer.Option(help="Folder for the artifacts, logs and the spec.")] = Path(
+        "demo"
+    ),
+    changes: Set = None,
+) -> None:
+    """Run the whole job on a small model that is made here: fetch, import, train, verify, export, publish.
+
+    Writes WORKSPACE/demo.yaml, a spec to edit and run again: `bridgeworks release demo/demo.yaml`
+    """
+    from flows.demo import run_demo
+
+    run_demo(workspace, changes or [])
+
+
+@app.command()
+def release(spec: SpecFile, changes: Set = None, json: Json = False) -> None:
+    """Make a release: fetch, import, check, train, export, verify and publish, reusing what is unchanged.
+
+    Example: `bridgeworks release model.yaml --set train.overrides.optimizer.lr=1e-5`
+    """
+    from flows.show_release import run_release
+    from tasks.spec import load_spec
+
+    run_release(load_spec(spec, changes), as_json=json)
+
+
+@app.command()
+def plan(spec: SpecFile, changes: Set = None, json: Json = False) -> None:
+    """Show which steps of a release would run, and why, without running any.
+
+    Example: `bridgeworks plan model.yaml --set train.overrides.train.train_iters=500`
+    """
+    from flows.console import print_json
+    from flows.show_release import plan_rows, planned, print_plan
+    from tasks.spec import load_spec
+
+    decisions = planned(load_spec(spec, changes))
+    print_json(plan_rows(decisions)) if json else print_plan(decisions)
+
+
+@app.command("import")
+def import_(
+    hf: Annotated[
+        str, typer.Argument(metavar="HF", help="A folder, s3://bucket/prefix or hf://org/name@revision.")
+    ],
+    megatron: Annotated[Path, typer.Argument(metavar="MEGATRON", help="The Megatron folder to write.")],
+    workers: Annotated[int, typer.Option(min=1, help="Threads that copy.")] = 2,
+    json: Json = False,
+) -> None:
+    """Turn a Hugging Face checkpoint into a Megatron one.
+
+    Example: `bridgeworks import hf://meta-llama/Llama-3.2-1B megatron/llama-1b`
+    """
+    from flows import convert
+
+    _report(convert.import_from(hf, megatron, workers), json)
+
+
+@app.command()
+def export(
+    megatron: Annotated[
+        Path, typer.Argument(metavar="MEGATRON", help="A Megatron folder, imported or trained.")
+    ],
+    hf: Annotated[Path, typer.Argument(metavar="HF", help="The Hugging Face folder to write.")],
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
+    config_from: Annotated[
+        Path | None, typer.Option(help="Take config and tokenizer from this Hugging Face folder.")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that copy.")] = 2,
+    json: Json = False,
+) -> None:
+    """Turn a Megatron checkpoint, imported or trained, into a Hugging Face one.
+
+    Example: `bridgeworks export runs/llama/checkpoints llama-trained`
+    """
+    from flows import convert
+
+    _report(convert.export_to(megatron, hf, max_shard_size, config_from, workers), json)
+
+
+def _report(conversion: Any, json: bool) -> None:
+    from flows.console import print_json
+
+    if json:
+        print_json(vars(conversion))
+    else:
+        print(
+            f"{conversion.path}: {conversion.tensors} tensors, {conversion.bytes:,} bytes"
+            f" in {conversion.seconds:.1f} s"
+        )
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A Hugging Face or Megatron folder.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    tp: Tensor = 1,
+    pp: Pipeline = 1,
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16; the thresholds follow from it.")
+    ] = "float32",
+    prompts: Annotated[Path | None, typer.Option(help="JSON file: a list of lists of token ids.")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Random prompts, without --prompts.")] = 4,
+    prompt_length: Annotated[int, typer.Option(min=2, help="Tokens of each random prompt.")] = 64,
+    logits_only: Annotated[bool, typer.Option(help="Leave out the comparison of every tensor.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write the verdicts to this JSON file.")] = None,
+    json: Json = False,
+) -> None:
+    """Compare two checkpoints: every tensor bit for bit, then the logits at every position.
+
+    Exit code 1 if a gate fails. Example: `bridgeworks compare llama-1b megatron/llama-1b --tp 2`
+    """
+    from flows import compare as comparison
+
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    settings = {
+        "dtype": dtype,
+        "prompts_file": str(prompts.absolute()) if prompts else None,
+        "num_prompts": num_prompts,
+        "prompt_length": prompt_length,
+    }
+    comparison.compare(a, b, {**layout, **settings}, tensors=not logits_only, report=report, as_json=json)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe: `bridgeworks recipes`.")],
+    dataset: Annotated[Path, typer.Option(help="Folder of an indexed dataset.")],
+    output: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped is gone on with.")],
+    load: Annotated[Path | None, typer.Option(help="Megatron folder to start from.")] = None,
+    tp: Tensor = 1,
+    pp: Pipeline = 1,
+    dp: Annotated[int, typer.Option("--dp", min=1, help="Copies of the model.")] = 1,
+    changes: Set = None,
+    json: Json = False,
+) -> None:
+    """Run a recipe by torchrun on a Megatron checkpoint and a dataset.
+
+    Example: `bridgeworks train continued_pretrain_config --load megatron/llama-1b --dataset data/code
+    --output runs/llama --tp 2 --set train.train_iters=200`
+    """
+    from flows import train as training
+
+    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    training.train(recipe, load, dataset, output, layout, dp, changes or [], as_json=json)
+
+
+@app.command()
+def families(json: Json = False) -> None:
+    """List the model families that can be converted."""
+    from bridge.families import families as all_families
+    from flows.console import print_json, print_table
+
+    rows = [
+        {"model_type": each.model_type, "architecture": each.architecture, "covers": list(each.covers)}
+        for each in all_families().values()
+    ]
+    if json:
+        print_json(rows)
+    else:
+        cells = [(row["model_type"], row["architecture"], ", ".join(row["covers"])) for row in rows]
+        print_table(("model_type", "architecture", "covers"), cells)
+
+
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Show this one's whole config.")
+    ] = None,
+    changes: Set = None,
+    json: Json = False,
+) -> None:
+    """List the training recipes, or show the config that one returns.
+
+    Example: `bridgeworks recipes llama32_1b_pretrain_config --set train.train_iters=500`
+    """
+    import yaml
+
+    from flows.console import print_json, print_table
+    from recipes.registry import all_recipes, recipe_named
+    from training.overrides import apply_overrides
+
+    if name is None:
+        rows = [
+            (each, _one_line(recipe.__doc__ or "").partition(". ")[0])
+            for each, recipe in all_recipes().items()
+        ]
+        print_json(dict(rows)) if json else print_table(("recipe", "what it returns"), rows)
+        return
+    config = apply_overrides(recipe_named(name)(), changes or []).to_dict()
+    print_json(config) if json else print(yaml.safe_dump(config, sort_keys=False), end="")
+
+
+@app.command()
+def doctor(
+    workspace: Annotated[Path, typer.Option(help="Where releases would keep their artifacts.")] = Path(
+        "work"
+    ),
+    json: Json = False,
+) -> None:
+    """Check what a run needs on this machine and say what to do about what is missing. Prints no secret."""
+    from flows.console import print_json, print_table
+    from flows.doctor import MISSING, examine
+
+    findings = examine(workspace)
+    if json:
+        print_json([vars(each) for each in findings])
+    else:
+        rows = [(each.what, each.state, each.found, each.advice) for each in findings]
+        print_table(("what", "state", "found", "what to do"), rows)
+    if any(each.state == MISSING for each in findings):
+        raise typer.Exit(1)
+
+
+ReleaseAddress = Annotated[
+    str, typer.Argument(metavar="RELEASE", help="A release's folder or s3:// address.")
+]
+
+
+@audit.command()
+def verify(release: ReleaseAddress, json: Json = False) -> None:
+    """Read every file of a release again and compare it with release.json; exit code 1 if one differs."""
+    from flows.console import print_json
+    from tasks.audit import verify_release
+
+    problems = verify_release(release)
+    if json:
+        print_json({"verified": not problems, "problems": problems})
+    else:
+        print("\n".join(problems) or f"{release}: every file is as release.json says")
+    if problems:
+        raise typer.Exit(1)
+
+
+@audit.command()
+def show(release: ReleaseAddress, json: Json = False) -> None:
+    """Show where a release came from: inputs, code, gates and ids."""
+    from flows.console import print_json, print_table
+    from tasks.audit import open_release
+    from tasks.plan import flatten
+
+    address, record = open_release(release)
+    value = record.model_dump(mode="json")
+    if json:
+        print_json(value)
+        return
+    shown = {name: value[name] for name in ("name", "digest", "created", "identifiers", "code")}
+    inputs = {name: {**entry, "files": len(entry["files"])} for name, entry in record.inputs.items()}
+    gates = {name: "passed" if gate["passed"] else "FAILED" for name, gate in record.gates.items()}
+    rows = list(flatten({**shown, "inputs": inputs, "gates": gates, "files": len(record.files)}).items())
+    print_table(("what", "value"), rows, title=str(address))
+
+
+@audit.command()
+def diff(first: ReleaseAddress, second: ReleaseAddress, json: Json = False) -> None:
+    """List what two releases differ in: inputs, settings, code, gates and files."""
+    from flows.console import print_json, print_table
+    from tasks.audit import diff_releases, open_release
+
+    rows = diff_releases(open_release(first)[1], open_release(second)[1])
+    if json:
+        print_json([{"name": name, "first": before, "second": after} for name, before, after in rows])
+    elif rows:
+        print_table(("what", "first", "second"), rows)
+    else:
+        print("no difference but in time and ids")
+
+
+if __name__ == "__main__":
+    main()

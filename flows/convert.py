@@ -1,0 +1,37 @@
+"""`bridgeworks import` and `bridgeworks export`: conversions with progress, from folders and addresses."""
+
+import shutil
+from pathlib import Path
+
+from bridge.conversion import Conversion
+from bridge.errors import InputError
+from bridge.exporter import export_checkpoint
+from bridge.importer import import_checkpoint
+from flows.console import progress
+
+
+def import_from(hf: str, megatron: Path, workers: int) -> Conversion:
+    """Import a checkpoint; one that is not in a folder here is fetched beside the result first."""
+    if "://" not in hf:
+        with progress("importing") as show:
+            return import_checkpoint(hf, megatron, workers=workers, progress=show)
+    from tasks.fetch import fetch_checkpoint
+
+    if megatron.exists():
+        raise InputError(f"{megatron} exists: choose another folder")
+    fetched = megatron.with_name(f"{megatron.name}.fetched")
+    with progress("fetching") as show:
+        fetch_checkpoint(hf, fetched / "checkpoint", on_progress=show)
+    with progress("importing") as show:
+        conversion = import_checkpoint(fetched / "checkpoint", megatron, workers=workers, progress=show)
+    shutil.rmtree(fetched)
+    return conversion
+
+
+def export_to(
+    megatron: Path, hf: Path, max_shard_size: str, config_from: Path | None, workers: int
+) -> Conversion:
+    """Export a checkpoint."""
+    options = {"max_shard_size": max_shard_size, "config_from": config_from, "workers": workers}
+    with progress("exporting") as show:
+        return export_checkpoint(megatron, hf, progress=show, **options)
