@@ -188,7 +188,7 @@ class Store:
         fill: Callable[[Path], dict[str, Any]],
         *,
         name: str,
-        provenance: dict[str, Any] | None = None,
+        provenance: Callable[[], dict[str, Any]] = dict,
         resumable: bool = False,
         rebuild: bool = False,
         on_wait: Callable[[Path], None] | None = None,
@@ -198,7 +198,7 @@ class Store:
         A second process that wants the same artifact waits (`on_wait` is called about twice a second and may
         raise) and gets the first one's. A resumable step finds what a killed attempt left in its folder, any
         other starts empty. When `fill` raises, the partial folder stays for a look and is never taken for a
-        result. `rebuild` replaces an artifact that is there.
+        result; `provenance` is asked after it. `rebuild` replaces an artifact that is there.
         """
         place = self.place(step, record)
         with _locked(place.with_suffix(".lock"), on_wait):
@@ -211,7 +211,7 @@ class Store:
             partial.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
             output = fill(partial)
-            about = {**(provenance or {}), "name": name, "seconds": round(time.monotonic() - started, 3)}
+            about = {**provenance(), "name": name, "seconds": round(time.monotonic() - started, 3)}
             _seal(partial, step, kind, record, output, about)
             return _move(partial, place)
 

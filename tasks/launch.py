@@ -197,6 +197,10 @@ def _result(module: str, exit_code: int, report: Path, log: Path, tail: list[str
         if error["exit_code"] == InputError.exit_code:
             raise InputError(error["message"])
         raise JobError(f"{module} failed with {error['type']}: {error['message']} (log: {log})")
+    if value is not None and value.get("stopped"):
+        raise JobStoppedError(
+            f"{module} was told to stop and has saved; start it again to go on (log: {log})"
+        )
     if exit_code:
         ended = f"exit code {exit_code}" if exit_code > 0 else f"signal {signal.Signals(-exit_code).name}"
         raise JobError(f"{module} ended by {ended} (log: {log}); its last lines:\n" + "\n".join(tail))

@@ -29,6 +29,8 @@ class Decision:
     artifact: Artifact | None = None
     # None while an input is still to be made
     record: dict[str, Any] | None = None
+    # the artifact itself is whole, and replaced all the same
+    rebuild: bool = False
 
     @property
     def runs(self) -> bool:
@@ -67,7 +69,7 @@ def decide(step: Step, spec: ReleaseSpec, artifacts: Artifacts, store: Store) ->
     if problem := artifact.problem():
         return Decision(step.name, "run", f"artifact damaged: {problem}", record=record)
     if problem := step.check(spec, artifact):
-        return Decision(step.name, "run", problem, record=record)
+        return Decision(step.name, "run", problem, record=record, rebuild=True)
     return Decision(step.name, "reuse", f"unchanged since {artifact.provenance['created']}", artifact, record)
 
 

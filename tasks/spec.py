@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tasks.errors import SpecError
 
@@ -36,7 +36,11 @@ class DatasetSpec(Section):
     """The text that the model is trained on; some documents are held out to measure the loss."""
 
     inputs: list[str] = Field(min_length=1)
-    """Files or folders of text: .txt, .py, .md, or .jsonl with a text field."""
+    """Files or folders of text: .txt, .md, .rst, .py, or .jsonl with a text field."""
+    exclude: list[str] = Field(default_factory=list)
+    """Names of files and folders below the inputs that are left out."""
+    max_bytes: int | None = Field(default=None, ge=1)
+    """Read no more text than this; none reads all."""
     validation_fraction: float = Field(default=0.05, gt=0, lt=0.5)
     """Share of the documents whose loss is watched during training."""
     test_fraction: float = Field(default=0.05, gt=0, lt=0.5)
@@ -95,6 +99,14 @@ class TrainSpec(Section):
 
     @field_validator("overrides")
     @classmethod
+    def _sizes_have_one_place(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        for size in ParallelSpec.model_fields:
+            if f"model.{size}" in overrides:
+                raise ValueError(f"model.{size} is set by train.parallel.{size}")
+        return overrides
+
+    @field_validator("overrides")
+    @classmethod
     def _numbers_are_numbers(cls, overrides: dict[str, Any]) -> dict[str, Any]:
         """Read "1e-4" as a number, since YAML takes it for text."""
         return {name: _number(value) for name, value in overrides.items()}
@@ -109,14 +121,25 @@ class CheckSpec(Section):
     """Prompts that are compared, at every position."""
     prompt_length: int = Field(default=64, ge=2, le=65536)
     """Tokens of each prompt."""
-    parallel: ParallelSpec = ParallelSpec()
-    """How Megatron's side is spread during the checks."""
+    tensor_model_parallel_size: int = Field(default=1, ge=1, le=64)
+    """Ranks that share each layer on Megatron's side of a check."""
+    pipeline_model_parallel_size: int = Field(default=1, ge=1, le=64)
+    """Stages that share the layers on Megatron's side of a check."""
     loss_batches: int = Field(default=8, ge=1)
     """Sequences of held-out text whose loss is measured before and after."""
     max_loss_increase: float = Field(default=0.0, ge=0)
     """How much higher the held-out loss may be after training than before."""
     seed: int = Field(default=1234, ge=0)
     """Seed of the prompts."""
+
+    @property
+    def model_sizes(self) -> dict[str, int]:
+        """The parallel sizes, under Megatron's names."""
+        return self.model_dump(include={"tensor_model_parallel_size", "pipeline_model_parallel_size"})
+
+    @property
+    def num_processes(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
 
 
 class PublishSpec(Section):
@@ -144,14 +167,6 @@ class ReleaseSpec(Section):
     train: TrainSpec = TrainSpec()
     check: CheckSpec = CheckSpec()
     publish: PublishSpec
-
-    @model_validator(mode="after")
-    def _parallel_checks_have_one_copy(self) -> "ReleaseSpec":
-        if self.check.parallel.data_parallel_size != 1:
-            raise ValueError(
-                "check.parallel.data_parallel_size must be 1: a comparison runs one copy of the model"
-            )
-        return self
 
 
 def load_spec(path: str | Path, overrides: list[str] | None = None) -> ReleaseSpec:

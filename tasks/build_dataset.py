@@ -1,0 +1,56 @@
+"""The step that tokenises the text into Megatron's indexed format, with documents held out."""
+
+from pathlib import Path
+from typing import Any
+
+from tasks.artifact import Artifact, Kind, fingerprint
+from tasks.spec import DatasetSpec, ReleaseSpec
+from tasks.step import Artifacts, Step, StepContext
+from training.corpus import Corpus
+
+
+def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepContext) -> dict[str, Any]:
+    """Run the job that builds the datasets with the source's tokenizer."""
+    job = {
+        "inputs": spec.dataset.inputs,
+        "exclude": spec.dataset.exclude,
+        "max_bytes": spec.dataset.max_bytes,
+        "split": spec.dataset.split,
+        "tokenizer": str(artifacts["fetch"].payload),
+        "output": str(folder / "dataset"),
+    }
+    report = context.launch("training.build_dataset", job)
+    for name, split in report["splits"].items():
+        context.log(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens")
+    return report
+
+
+def config(spec: ReleaseSpec, artifacts: dict[str, Artifact]) -> dict[str, Any]:
+    """Return the settings, and which text it is, by the names, sizes and times of its files."""
+    return {
+        "split": spec.dataset.split,
+        "max_bytes": spec.dataset.max_bytes,
+        "text": text_identity(spec.dataset),
+    }
+
+
+def text_identity(dataset: DatasetSpec) -> dict[str, Any]:
+    """Say which text the spec means right now, without reading it; a missing path is an InputError."""
+    files = list(Corpus(dataset.inputs, dataset.exclude).files())
+    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return {
+        "files": len(files),
+        "bytes": sum(size for _, size, _ in states),
+        "state": fingerprint({"files": states}),
+    }
+
+
+STEP = Step(
+    name="build_dataset",
+    kind=Kind.DATASET,
+    needs=("fetch",),
+    config=config,
+    build=build,
+    sources=("training.build_dataset", "training.corpus", __name__),
+    distributions=("tokenizers", "transformers", "megatron-core"),
+)

@@ -1,0 +1,45 @@
+"""Refuses a spec that cannot work before anything is fetched, written or started."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import CheckpointError
+from bridge.families import provider_of
+from bridge.hf_checkpoint import CONFIG, read_config
+from tasks import fetch_source
+from tasks.address import call, open_filesystem, parse_address
+from tasks.build_dataset import text_identity
+from tasks.delivery import check_destination
+from tasks.fetch import pin
+from tasks.plan import decide, store_of
+from tasks.spec import ReleaseSpec
+from tasks.train import resolved_config
+
+
+def check_spec(spec: ReleaseSpec) -> None:
+    """Check recipe, overrides, parallel sizes, text and destination against the source's model.
+
+    Anything wrong is an InputError. Of the source only its listing and config are read.
+    """
+    model = provider_of(source_config(spec))
+    resolved_config(spec, model)
+    dataclasses.replace(model, **spec.check.model_sizes).finalize()
+    text_identity(spec.dataset)
+    check_destination(spec.publish.destination, spec.name)
+
+
+def source_config(spec: ReleaseSpec) -> dict[str, Any]:
+    """Read the source's config.json, from the store if the source has been fetched already."""
+    fetched = decide(fetch_source.STEP, spec, {}, store_of(spec)).artifact
+    if fetched:
+        return read_config(fetched.payload)
+    address = pin(parse_address(spec.source.uri))
+    if address.scheme == "file":
+        return read_config(Path(address.path))
+    text = call(open_filesystem(address), "cat_file", address.join(CONFIG))
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{address}/{CONFIG} is not JSON: {error}") from error

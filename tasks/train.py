@@ -1,0 +1,84 @@
+"""The step that trains the imported checkpoint on, going on from the last complete checkpoint."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from bridge.megatron_checkpoint import read_model
+from bridge.provider import GPTModelProvider
+from recipes.registry import recipe_named
+from tasks.artifact import Kind
+from tasks.metrics_follower import MetricsFollower
+from tasks.plan import flatten
+from tasks.spec import ReleaseSpec
+from tasks.step import Artifacts, Step, StepContext
+from training.config import ConfigContainer
+from training.overrides import apply_overrides
+
+METRICS_FILE = "metrics.jsonl"
+LONGEST_DEFAULT = 4096  # tokens; a checkpoint's longest context is no sensible length of training samples
+# what a recipe says about the model's run; the checkpoint says what the model is
+RUN_FIELDS = (
+    *("seq_length", "transformer_impl", "sequence_parallel", "virtual_pipeline_model_parallel_size"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers"),
+    *("attention_dropout", "hidden_dropout"),
+)
+
+
+def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepContext) -> dict[str, Any]:
+    """Run the training job, pass its curves on while it runs, and check them at the end."""
+    from tasks.tables import check_metrics  # pandas, which a plan can do without
+
+    config = resolved_config(spec, read_model(artifacts["import"].payload))
+    context.run.log_params(flatten(config.to_dict()))
+    config.dataset.paths = [str(artifacts["build_dataset"].payload)]
+    config.tokenizer.tokenizer_model = str(artifacts["fetch"].payload)
+    metrics = folder / METRICS_FILE
+    job = {
+        "config": config.to_dict(),
+        "load": str(artifacts["import"].payload),
+        "output": str(folder / "checkpoints"),
+        "metrics": str(metrics),
+    }
+    follower = MetricsFollower(metrics, config.train.train_iters, context)
+    try:
+        report = context.launch(
+            "training.pretrain",
+            job,
+            num_processes=spec.train.parallel.num_processes,
+            timeout=spec.train.timeout_minutes and spec.train.timeout_minutes * 60,
+            grace=spec.train.stop_grace_seconds,
+            on_tick=follower.tick,
+        )
+    finally:
+        follower.deliver()
+    return {**report, **check_metrics(metrics)}
+
+
+def config(spec: ReleaseSpec, artifacts: Artifacts) -> dict[str, Any]:
+    """Return the resolved training config; where things lie does not decide what comes out."""
+    resolved = resolved_config(spec, read_model(artifacts["import"].payload)).to_dict()
+    return {**resolved, "num_processes": spec.train.parallel.num_processes}
+
+
+def resolved_config(spec: ReleaseSpec, model: GPTModelProvider) -> ConfigContainer:
+    """Return the recipe's config for `model` with the spec's changes; what cannot be is a ConfigError."""
+    config = recipe_named(spec.train.recipe)()
+    settings: dict[str, Any] = {name: getattr(config.model, name) for name in RUN_FIELDS}
+    settings["seq_length"] = settings["seq_length"] or min(model.max_position_embeddings, LONGEST_DEFAULT)
+    settings |= spec.train.parallel.model_sizes
+    config.model = dataclasses.replace(model, **settings)
+    apply_overrides(config, spec.train.overrides)
+    return config.validate(spec.train.parallel.num_processes)
+
+
+STEP = Step(
+    name="train",
+    kind=Kind.TRAINING_RUN,
+    needs=("fetch", "import", "build_dataset"),
+    config=config,
+    build=build,
+    sources=("bridge", "training", __name__),
+    distributions=("torch", "megatron-core"),
+    resumable=True,
+)
