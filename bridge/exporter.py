@@ -85,11 +85,11 @@ class _Shard(NamedTuple):
 
 
 class _Range(NamedTuple):
-    """Rows [first, first + count) of a tensor, to be written at `position` of a shard."""
+    """Rows [first, first + num_rows) of a tensor, to be written at `position` of a shard."""
 
     tensor: str
     first: int
-    count: int
+    num_rows: int
     shard: int
     position: int
 
@@ -172,10 +172,10 @@ def _interleaved(ranges: list[_Range], workers: int) -> list[_Range]:
 
 def _copy(piece: _Range, view: HfView, targets: list[int], counter: ProgressCounter) -> None:
     position = piece.position
-    for data in view.read(piece.tensor, piece.first, piece.count):
+    for data in view.read(piece.tensor, piece.first, piece.num_rows):
         write_from(targets[piece.shard], data, position)
         position += len(data)
-    assert position == piece.position + piece.count * view.tensors[piece.tensor].row_size, piece
+    assert position == piece.position + piece.num_rows * view.tensors[piece.tensor].row_size, piece
     counter.add(position - piece.position)
 
 

@@ -84,7 +84,7 @@ def _metadata_object(metadata: TorchDistMetadata) -> Instance:
     for key, place in metadata.objects.items():
         described[key] = _instance("metadata", "BytesStorageMetadata", {})
         stored.append((_index_object(key, None, None), _place_object(place)))
-    nothing = {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []}
+    nothing: dict[str, Any] = {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []}
     state = {
         "state_dict_metadata": described,
         "planner_data": {},
