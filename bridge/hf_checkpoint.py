@@ -69,7 +69,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a folder: give the folder of a Hugging Face checkpoint")
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{folder} has no {CONFIG}: give the folder of a Hugging Face checkpoint")
-    return _read_json_object(contained_file(folder, CONFIG, folder))
+    return read_json_object(contained_file(folder, CONFIG, folder))
 
 
 def side_files(folder: Path) -> list[Path]:
@@ -94,7 +94,7 @@ def _read_tensors(folder: Path) -> dict[str, TensorSlice]:
 
 
 def _read_shards(folder: Path, index: Path) -> dict[str, TensorSlice]:
-    weight_map = _read_json_object(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{index} has no 'weight_map' of tensor names to file names")
     tensors: dict[str, TensorSlice] = {}
@@ -166,7 +166,8 @@ def _check_tiling(file: Path, tensors: dict[str, TensorSlice], data_start: int, 
         raise CheckpointError(f"{file} has {size - position} bytes after its last tensor: fetch it again")
 
 
-def _read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; anything else is a CheckpointError."""
     return _parse_json_object(path.read_bytes(), path)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bridge.errors import CheckpointError
 from bridge.families import plan_weights, provider_of
-from bridge.hf_checkpoint import read_config, side_files
+from bridge.hf_checkpoint import read_config, read_json_object, side_files
 from bridge.mapping import WeightPlan
 from bridge.provider import GPTModelProvider
 from bridge.torch_dist.metadata import METADATA, TorchDistMetadata, read_metadata
@@ -103,6 +103,6 @@ def read_model(folder: Path) -> GPTModelProvider:
             f"{folder} has no {MODEL}: name a Hugging Face folder of the same model for its config"
         )
     try:
-        return GPTModelProvider.from_dict(json.loads(file.read_text()))
+        return GPTModelProvider.from_dict(read_json_object(file)).finalize()
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file} is malformed: {error}") from error

@@ -1,0 +1,176 @@
+"""Import and export together: the round trip, and what neither of them may do."""
+
+import filecmp
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import copy_checkpoint, edit_json
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from bridge.errors import ConfigError, InputError
+from bridge.exporter import export_checkpoint
+from bridge.families import families
+from bridge.hf_checkpoint import HfCheckpoint
+from bridge.importer import import_checkpoint
+
+Checkpoints = Callable[..., Path]
+
+
+def hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def assert_same_checkpoint(a: Path, b: Path) -> None:
+    first, second = hf_tensors(a), hf_tensors(b)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype
+        assert torch.equal(tensor, second[name]), name
+    assert json.loads((a / "config.json").read_text()) == json.loads((b / "config.json").read_text())
+    assert filecmp.cmp(a / "generation_config.json", b / "generation_config.json", shallow=False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", families())
+def test_round_trip_is_bitwise(
+    family: str, tied: bool, dtype: str, hf_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    source = hf_checkpoint(family, tie_word_embeddings=tied, dtype=dtype)
+    imported = import_checkpoint(source, tmp_path / "megatron")
+    exported = export_checkpoint(imported.path, tmp_path / "hf", max_shard_size="100KB", workers=3)
+    assert_same_checkpoint(source, exported.path)
+    assert imported.tensors == exported.tensors == len(HfCheckpoint.open(source).tensors)
+    assert imported.bytes == exported.bytes
+
+
+@pytest.mark.parametrize("family", families())
+def test_transformers_loads_the_export(
+    family: str, megatron_checkpoint: Checkpoints, hf_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    export_checkpoint(megatron_checkpoint(family), tmp_path / "hf", max_shard_size="100KB")
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values()), info
+    expected = AutoModelForCausalLM.from_pretrained(hf_checkpoint(family))
+    for (name, tensor), other in zip(model.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+
+
+def test_large_tensors_are_cut_and_shared_out(
+    hf_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes that only large models reach, made small: chunks of few rows, many files, many ranges."""
+    monkeypatch.setattr("bridge.chunk_plan.MAX_CHUNK_SIZE", 1000)
+    monkeypatch.setattr("bridge.chunk_plan.SMALL_CHECKPOINT", 0)
+    monkeypatch.setattr("bridge.exporter.MAX_RANGE_SIZE", 1000)
+    source = hf_checkpoint("qwen3")
+    import_checkpoint(source, tmp_path / "megatron", workers=3)
+    assert len(list((tmp_path / "megatron").glob("*.distcp"))) == 8 + 1
+    export_checkpoint(tmp_path / "megatron", tmp_path / "hf", workers=3)
+    assert_same_checkpoint(source, tmp_path / "hf")
+
+
+def test_the_result_does_not_depend_on_the_workers(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    for workers in (1, 4):
+        import_checkpoint(hf_checkpoint("llama"), tmp_path / str(workers), workers=workers)
+    names = sorted(path.name for path in (tmp_path / "1").iterdir() if path.is_file())
+    assert filecmp.cmpfiles(tmp_path / "1", tmp_path / "4", names, shallow=False)[0] == names
+
+
+def test_neither_torch_nor_numpy_is_loaded(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from bridge.exporter import export_checkpoint
+from bridge.importer import import_checkpoint
+from bridge.ledger import compare_ledgers, ledger
+import_checkpoint({str(hf_checkpoint("llama"))!r}, "megatron")
+export_checkpoint("megatron", "hf")
+assert compare_ledgers(ledger("megatron"), ledger("hf")).passed
+sys.exit(" ".join({{"torch", "numpy", "megatron", "transformers"}} & set(sys.modules)) or None)
+"""
+    path = os.pathsep.join(sys.path)
+    subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": path}
+    )
+
+
+def test_progress_counts_every_byte_once(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    imported = import_checkpoint(
+        hf_checkpoint("llama"), tmp_path / "megatron", progress=lambda *call: calls.append(call)
+    )
+    assert calls[-1] == (imported.bytes, imported.bytes)
+    assert calls == sorted(calls)
+    calls.clear()
+    export_checkpoint(tmp_path / "megatron", tmp_path / "hf", progress=lambda *call: calls.append(call))
+    assert calls[-1] == (imported.bytes, imported.bytes)
+
+
+def test_a_failure_leaves_nothing(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(hf_checkpoint("llama"), tmp_path / "megatron", progress=fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_conversion_left_is_taken_away(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    left = tmp_path / "megatron.partial"
+    left.mkdir()
+    (left / "__0_0.distcp").write_text("half a file")
+    import_checkpoint(hf_checkpoint("llama"), tmp_path / "megatron")
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+
+
+@pytest.mark.parametrize("convert", [import_checkpoint, export_checkpoint])
+def test_refuses_an_existing_destination(
+    convert: Callable[..., object],
+    hf_checkpoint: Checkpoints,
+    megatron_checkpoint: Checkpoints,
+    tmp_path: Path,
+) -> None:
+    source = hf_checkpoint("llama") if convert is import_checkpoint else megatron_checkpoint("llama")
+    with pytest.raises(InputError, match="exists already"):
+        convert(source, tmp_path)
+
+
+@pytest.mark.parametrize("convert", [import_checkpoint, export_checkpoint])
+def test_refuses_no_workers(convert: Callable[..., object], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="workers is 0"):
+        convert(tmp_path, tmp_path / "out", workers=0)
+
+
+def test_a_tied_copy_is_written_once(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    source = copy_checkpoint(hf_checkpoint("llama", tie_word_embeddings=True), tmp_path / "source")
+    merged = hf_tensors(source)
+    for file in source.glob("model*"):
+        file.unlink()
+    copy = merged["model.embed_tokens.weight"].clone()
+    save_file({**merged, "lm_head.weight": copy}, source / "model.safetensors")
+    import_checkpoint(source, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
+    assert hf_tensors(tmp_path / "hf").keys() == merged.keys()
+
+    copy[5, 5] += 1
+    save_file({**merged, "lm_head.weight": copy}, source / "model.safetensors")
+    with pytest.raises(InputError, match=r"'lm_head\.weight' differs from 'model\.embed_tokens\.weight'"):
+        import_checkpoint(source, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_the_exported_dtype_follows_the_weights(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    source = copy_checkpoint(hf_checkpoint("llama"), tmp_path / "source")
+    edit_json(source / "config.json", dtype=None, torch_dtype="float32")
+    import_checkpoint(source, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+    assert "dtype" not in config

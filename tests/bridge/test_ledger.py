@@ -1,0 +1,98 @@
+import hashlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import copy_checkpoint
+from safetensors.torch import load_file, save_file
+
+from bridge.errors import CheckpointError
+from bridge.families import families
+from bridge.hf_checkpoint import HfCheckpoint
+from bridge.ledger import compare_ledgers, ledger
+
+Checkpoints = Callable[..., Path]
+Tensors = dict[str, torch.Tensor]
+
+
+@pytest.mark.parametrize("family", families())
+def test_both_ends_have_the_same_ledger(
+    family: str, hf_checkpoint: Checkpoints, megatron_checkpoint: Checkpoints
+) -> None:
+    hf, megatron = ledger(hf_checkpoint(family)), ledger(megatron_checkpoint(family))
+    comparison = compare_ledgers(hf, megatron)
+    assert comparison.passed
+    assert comparison.equal == tuple(sorted(HfCheckpoint.open(hf_checkpoint(family)).tensors))
+
+
+def test_a_training_run_is_read_through_its_cuts(training_run: Path, hf_checkpoint: Checkpoints) -> None:
+    assert compare_ledgers(ledger(hf_checkpoint("qwen2")), ledger(training_run)).passed
+
+
+def test_records_say_what_lies_where(hf_checkpoint: Checkpoints, megatron_checkpoint: Checkpoints) -> None:
+    """The first row of a tensor is where its record says; the digest is that of its bytes."""
+    hf = {record.name: record for record in ledger(hf_checkpoint("llama")).records}
+    megatron = {record.name: record for record in ledger(megatron_checkpoint("llama")).records}
+    for name, record in hf.items():
+        data = (hf_checkpoint("llama") / record.file).read_bytes()
+        tensor = HfCheckpoint.open(hf_checkpoint("llama")).tensors[name]
+        content = data[record.offset : record.offset + tensor.nbytes]
+        assert record.sha256 == hashlib.sha256(content).hexdigest()
+        other = megatron[name]
+        found = (megatron_checkpoint("llama") / other.file).read_bytes()[other.offset :][:32]
+        assert found == content[:32]
+
+
+def test_a_tied_tensor_counts_once(hf_checkpoint: Checkpoints) -> None:
+    names = [record.name for record in ledger(hf_checkpoint("llama", tie_word_embeddings=True)).records]
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+
+
+def swap(tensors: Tensors, a: str, b: str) -> None:
+    tensors[a], tensors[b] = tensors[b].clone(), tensors[a].clone()
+
+
+Q, K = "model.layers.2.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"
+GATE, UP = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+NORMS = "model.layers.0.input_layernorm.weight", "model.layers.3.post_attention_layernorm.weight"
+MUTATIONS: dict[str, tuple[Callable[[Tensors], object], set[str]]] = {
+    "heads permuted": (lambda t: t.update({Q: t[Q].reshape(8, 16, 64).flip(0).reshape(128, 64)}), {Q}),
+    "gate and up swapped": (lambda t: swap(t, GATE, UP), {GATE, UP}),
+    "k_proj zeroed": (lambda t: t[K].zero_(), {K}),
+    "two norms swapped": (lambda t: swap(t, *NORMS), set(NORMS)),
+    "one bit": (lambda t: t[K].view(torch.int16)[3, 5].bitwise_xor_(1), {K}),
+}
+
+
+@pytest.mark.parametrize("case", MUTATIONS)
+def test_finds_every_mutation(
+    case: str, megatron_checkpoint: Checkpoints, hf_checkpoint: Checkpoints, tmp_path
+):
+    mutate, expected = MUTATIONS[case]
+    changed = copy_checkpoint(hf_checkpoint("llama"), tmp_path / "changed")
+    for file in changed.glob("*.safetensors"):
+        file.unlink()
+    tensors = {n: t for f in hf_checkpoint("llama").glob("*.safetensors") for n, t in load_file(f).items()}
+    mutate(tensors)
+    save_file(tensors, changed / "model.safetensors")
+    comparison = compare_ledgers(ledger(megatron_checkpoint("llama")), ledger(changed))
+    assert set(comparison.different) == expected
+    assert not comparison.passed
+
+
+def test_names_what_one_end_lacks(hf_checkpoint: Checkpoints) -> None:
+    untied, tied = (ledger(hf_checkpoint("llama", tie_word_embeddings=tied)) for tied in (False, True))
+    assert compare_ledgers(untied, tied).missing == ("lm_head.weight",)
+    assert compare_ledgers(tied, untied).extra == ("lm_head.weight",)
+    assert not compare_ledgers(tied, untied).passed
+
+
+def test_refuses_another_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither a Hugging Face nor a Megatron"):
+        ledger(tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(CheckpointError, match="neither"):
+        ledger(tmp_path)
