@@ -69,7 +69,7 @@ def demo(
 ) -> None:
     """Run the whole job on a small model that is made here: fetch, import, train, verify, export, publish.
 
-    Writes WORKSPACE/demo.yaml, a spec to edit and run again: `bridgeworks release demo/demo.yaml`
+    Writes WORKSPACE/demo.yaml, a spec to edit and run again: `bridgeworks release work/demo.yaml`
     """
     from flows.demo import run_demo
 

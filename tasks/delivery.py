@@ -14,6 +14,7 @@ from bridge.errors import InputError
 from tasks.address import Address, call, open_filesystem, parse_address
 from tasks.errors import StoreError
 from tasks.release import RELEASE, Release, parse_release
+from tasks.spec import ReleaseSpec
 
 # how long an upload may take at most: a start, and this many bytes a second
 START_SECONDS, SLOWEST_BYTES_PER_SECOND = 300.0, 2_000_000
@@ -34,15 +35,16 @@ def resolve(destination: str, name: str, digest: str) -> Address:
     return address
 
 
-def check_destination(destination: str, name: str) -> None:
+def check_destination(spec: ReleaseSpec) -> None:
     """Refuse, before any work, a destination that is taken, cannot be reached or needs credentials.
 
-    One that contains the digest is free by construction, so only its bucket is looked at.
+    A release of this very spec may lie there already: a run that was killed late, or one that changes nothing.
     """
-    address = resolve(destination, name, "0" * 64)
+    address = resolve(spec.publish.destination, spec.name, "0" * 64)
     if address.scheme == "s3":
         call(open_filesystem(address), "ls", address.path.partition("/")[0])
-    if present := read_release(address):
+    present = read_release(address)
+    if present and present.spec != spec.model_dump(mode="json"):
         raise InputError(_taken(address, present))
 
 

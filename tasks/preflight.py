@@ -11,9 +11,10 @@ from bridge.hf_checkpoint import CONFIG, read_config
 from tasks import fetch_source
 from tasks.address import call, open_filesystem, parse_address
 from tasks.build_dataset import text_identity
+from tasks.chain import CHAIN
 from tasks.delivery import check_destination
 from tasks.fetch import pin
-from tasks.plan import decide, store_of
+from tasks.plan import decide, make_plan, store_of
 from tasks.spec import ReleaseSpec
 from tasks.train import resolved_config
 
@@ -21,13 +22,16 @@ from tasks.train import resolved_config
 def check_spec(spec: ReleaseSpec) -> None:
     """Check recipe, overrides, parallel sizes, text and destination against the source's model.
 
-    Anything wrong is an InputError. Of the source only its listing and config are read.
+    Anything wrong is an InputError. Of the source only its listing and config are read. A destination that is
+    taken is refused when a new model is to be trained; what is trained already may be there rightly.
     """
     model = provider_of(source_config(spec))
     resolved_config(spec, model)
-    dataclasses.replace(model, **spec.check.model_sizes).finalize()
+    sizes: dict[str, Any] = spec.check.model_sizes
+    dataclasses.replace(model, **sizes).finalize()
     text_identity(spec.dataset)
-    check_destination(spec.publish.destination, spec.name)
+    if any(each.step == "train" and each.runs for each in make_plan(spec, CHAIN, store_of(spec))):
+        check_destination(spec)
 
 
 def source_config(spec: ReleaseSpec) -> dict[str, Any]:

@@ -124,8 +124,6 @@ def model_name(spec: ReleaseSpec) -> str:
 def register(spec: ReleaseSpec, release: Release, address: str, context: StepContext) -> str | None:
     """Register the release by reference under its alias and return its version; None if MLflow is away."""
     tags = {"source": release.inputs["source"]["uri"], "commit": str(release.code["commit"])}
-    for name, entry in release.inputs.items():
-        context.run.log_input(name, entry.get("uri", name), entry["digest"])
     version = context.record.lineage.register_model(
         model_name(spec), address, release.digest, spec.publish.alias, tags
     )

@@ -14,6 +14,7 @@ from tasks.audit import diff_releases, open_release, verify_release
 from tasks.delivery import check_destination, deliver, read_release, resolve
 from tasks.errors import ArtifactError, StoreError
 from tasks.release import RELEASE, Release, parse_release, refuse_secrets, release_digest
+from tasks.spec import ReleaseSpec, parse_spec
 
 NAMES = ("config.json", "model-00001.safetensors", "model-00002.safetensors")
 
@@ -30,6 +31,11 @@ def destination(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return str(tmp_path / "releases/one")
     request.getfixturevalue("endpoint")
     return f"s3://{BUCKET}/{request.node.name.partition('[')[0]}"
+
+
+def spec(destination: str) -> ReleaseSpec:
+    values = {"source": {"uri": "/x"}, "dataset": {"inputs": ["/y"]}, "publish": {"destination": destination}}
+    return parse_spec({"name": "demo", **values})
 
 
 def make(folder: Path, content: bytes = b"weights") -> tuple[Release, dict[str, Path]]:
@@ -70,8 +76,16 @@ def test_never_overwrites_another_release(destination: str, tmp_path: Path) -> N
     with pytest.raises(InputError, match=r"never\s+overwritten"):
         deliver(second, other_files, parse_address(destination))
     with pytest.raises(InputError, match=r"never\s+overwritten"):
-        check_destination(destination, "demo")
+        check_destination(spec(destination))
     assert open_release(destination)[1] == first
+
+
+def test_a_release_of_the_same_spec_may_lie_there(tmp_path: Path) -> None:
+    same = spec(str(tmp_path / "one"))
+    release, files = make(tmp_path / "made")
+    release = release.model_copy(update={"spec": same.model_dump(mode="json")})
+    deliver(release, files, parse_address(str(tmp_path / "one")))
+    check_destination(same)
 
 
 def test_refuses_a_place_with_other_files(destination: str, tmp_path: Path) -> None:
@@ -152,12 +166,12 @@ def test_of_two_uploads_that_race_one_is_told(endpoint: str, tmp_path: Path) -> 
 
 def test_no_bucket_and_no_credentials_are_bad_input(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="no such"):
-        check_destination("s3://no-such-bucket/release", "demo")
+        check_destination(spec("s3://no-such-bucket/release"))
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setattr("s3fs.S3FileSystem.cachable", False)
     with pytest.raises(InputError, match="no credentials"):
-        check_destination(f"s3://{BUCKET}/release", "demo")
+        check_destination(spec(f"s3://{BUCKET}/release"))
 
 
 def test_placeholders() -> None:

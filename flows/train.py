@@ -1,0 +1,96 @@
+"""`bridgeworks train`: one training job by torchrun, outside of any release."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bridge.errors import InputError
+from bridge.megatron_checkpoint import read_model, resolve_checkpoint
+from flows.console import Progress, person_watches, print_json, print_table, progress
+from recipes.registry import recipe_named
+from tasks.launch import launch
+from tasks.spec import ParallelSpec, ReleaseSpec, TrainSpec
+from tasks.train import resolved_config
+from training.config import ConfigContainer
+from training.metrics import read_metrics
+from training.overrides import apply_overrides
+
+SECONDS_BETWEEN_READS = 1.0
+
+
+def train(
+    recipe: str,
+    load: Path | None,
+    dataset: Path,
+    output: Path,
+    layout: dict[str, int],
+    copies: int,
+    changes: list[str],
+    *,
+    as_json: bool,
+) -> None:
+    """Run the job and show what came of it; what `output` holds of an earlier run is gone on with."""
+    if not (dataset / "dataset.json").is_file():
+        raise InputError(f"{dataset} is no dataset folder: it has no dataset.json")
+    parallel = ParallelSpec(**layout, data_parallel_size=copies)
+    start = resolve_checkpoint(load.absolute()) if load else None
+    config = make_config(recipe, start, parallel, changes)
+    config.dataset.paths = [str(dataset.absolute())]
+    config.validate(parallel.num_processes)
+    output = output.absolute()
+    metrics = output / "metrics.jsonl"
+    job = {
+        "config": config.to_dict(),
+        "load": str(start) if start else None,
+        "output": str(output / "checkpoints"),
+        "metrics": str(metrics),
+    }
+    with progress("training") as show:
+        report = launch(
+            "training.pretrain",
+            job,
+            folder=output / "job",
+            num_processes=parallel.num_processes,
+            on_line=None if person_watches() or as_json else print,
+            on_tick=follow(metrics, config.train.train_iters, show),
+        )
+    summary = {"checkpoints": job["output"], "metrics": str(metrics), **report, **losses(metrics)}
+    print_json(summary) if as_json else print_table(("what", "value"), list(summary.items()))
+
+
+def make_config(
+    recipe: str, load: Path | None, parallel: ParallelSpec, changes: list[str]
+) -> ConfigContainer:
+    """Return the recipe's config, its model that of the checkpoint where there is one."""
+    if load:
+        overrides = TrainSpec(recipe=recipe, parallel=parallel)
+        # only this section of a spec is read
+        config = resolved_config(ReleaseSpec.model_construct(train=overrides), read_model(load))
+    else:
+        config = recipe_named(recipe)()
+        for name, size in parallel.model_sizes.items():
+            setattr(config.model, name, size)
+    return apply_overrides(config, changes)
+
+
+def follow(metrics: Path, train_iters: int, show: Progress) -> Callable[[], None]:
+    """Return a function that, called often, shows now and then which iteration the job has reached."""
+    state = {"next": 0.0, "size": -1}
+
+    def tick() -> None:
+        if time.monotonic() < state["next"] or not metrics.is_file():
+            return
+        state["next"] = time.monotonic() + SECONDS_BETWEEN_READS
+        if (size := metrics.stat().st_size) != state["size"]:
+            state["size"] = size
+            if records := read_metrics(metrics):
+                show(records[-1]["iteration"], train_iters)
+
+    return tick
+
+
+def losses(metrics: Path) -> dict[str, Any]:
+    """Return the first and the last loss of the run."""
+    found = [record["loss"] for record in read_metrics(metrics) if "loss" in record]
+    return {"first_loss": found[0], "last_loss": found[-1]} if found else {}
