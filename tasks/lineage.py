@@ -5,6 +5,7 @@ by the end is said. MLflow itself is imported by the outbox's thread.
 """
 
 import fcntl
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tasks.errors import StoreError
 from tasks.outbox import Outbox
 
 if TYPE_CHECKING:
@@ -107,6 +109,8 @@ class MlflowLineage(Lineage):
             return self._outbox.put(what, work).result(timeout)
         except TimeoutError:
             return None
+        except Exception as error:
+            raise StoreError(f"MLflow refused {what}: {' '.join(str(error).split())}") from error
 
     def start_step(self, step: str, tags: dict[str, Any]) -> StepRun:
         run = MlflowStepRun(self, step)
@@ -216,14 +220,13 @@ class MlflowStepRun(StepRun):
 
     def log_input(self, name: str, address: str, digest: str) -> None:
         def work(client: "MlflowClient") -> None:
-            from mlflow.data.dataset_source_registry import resolve_dataset_source
-            from mlflow.data.meta_dataset import MetaDataset
-            from mlflow.entities import DatasetInput, InputTag
+            from mlflow.entities import Dataset, DatasetInput, InputTag
 
+            scheme = address.partition("://")[0] if "://" in address else "local"
             # MLflow's digest column is short; the whole digest is in the tag
-            dataset = MetaDataset(resolve_dataset_source(address), name=name, digest=digest[:36])
+            dataset = Dataset(name, digest[:36], scheme, json.dumps({"uri": address}))
             tags = [InputTag("mlflow.data.context", self._step), InputTag("digest", digest)]
-            client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
+            client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
 
         self._send(f"input {name}", work)
 

@@ -1,4 +1,4 @@
-"""The Prefect task that performs one step of the chain, and how its log, progress and tables reach Prefect."""
+"""The Prefect task that performs one step, and how its log, progress and tables reach Prefect."""
 
 import time
 from contextvars import ContextVar

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -149,10 +150,17 @@ class PublishSpec(Section):
     """A folder or an s3:// address that does not exist yet, or holds an earlier release of the same spec."""
     registered_model: str | None = None
     """Name in MLflow's model registry; none takes the release's name."""
-    alias: str = Field(default="latest", pattern=r"^[a-z][a-z0-9_-]*$")
-    """Alias that the new version gets in the registry."""
+    alias: str = Field(default="released", pattern=r"^[a-z][a-z0-9_-]*$")
+    """Alias that the new version gets in the registry; MLflow keeps `latest` and v1, v2, ... for itself."""
     max_shard_size: str = Field(default="5GB", pattern=r"^[0-9]+(KB|MB|GB)$")
     """Largest size of one safetensors file of the released checkpoint."""
+
+    @field_validator("alias")
+    @classmethod
+    def _alias_is_free(cls, alias: str) -> str:
+        if alias == "latest" or re.fullmatch(r"v[0-9]+", alias):
+            raise ValueError("MLflow reserves latest and v1, v2, ...: choose another alias, such as released")
+        return alias
 
 
 class ReleaseSpec(Section):

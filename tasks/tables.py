@@ -9,6 +9,7 @@ import pandas as pd
 import pandera.pandas as pa
 from pandera.errors import SchemaError, SchemaErrors
 
+from bridge.dtypes import WEIGHT_DTYPES
 from tasks.errors import ArtifactError
 from training.metrics import read_metrics
 
@@ -44,7 +45,7 @@ class LedgerTable(pa.DataFrameModel):
     """One row a tensor of a checkpoint, in Hugging Face's names."""
 
     name: str = pa.Field(unique=True, str_length={"min_value": 1})
-    dtype: str = pa.Field(isin=["BF16", "F16", "F32", "F64"])
+    dtype: str = pa.Field(isin=list(WEIGHT_DTYPES))
     shape: str
     sha256: str = pa.Field(str_matches=r"^[0-9a-f]{64}$")
 

@@ -59,6 +59,7 @@ def test_yaml_scientific_notation_is_a_number() -> None:
         ("check.num_prompts=0", "check.num_prompts is 0: Input should be greater than or equal to 1"),
         ("check.dtype=float8", "check.dtype is \"float8\": Input should be 'float32' or 'bfloat16'"),
         ("train.overrides.model.tensor_model_parallel_size=2", "is set by train.parallel.tensor_model"),
+        ("publish.alias=latest", "choose another alias"),
         ("name=A B", 'name is "A B"'),
         ("name.first=x", "'name' is a value, not a section"),
         ("name", "has no '='"),
