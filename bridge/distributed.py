@@ -50,6 +50,8 @@ def start_process_group() -> None:
         return
     here = device()
     if here.type == "cuda":
+        # Megatron's overlap of tensor-parallel messages and matrix products counts on this order of kernels.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(here)
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -59,7 +61,7 @@ def start_process_group() -> None:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed Python, numpy and torch, and Megatron's own states so that tensor-parallel ranks draw different numbers.
+    """Seed Python, numpy, torch and Megatron's own states, which differ between tensor-parallel ranks.
 
     Pipeline stages get different seeds as well, as in Megatron's own trainer.
     """

@@ -62,7 +62,7 @@ def judge_logits(metrics: LogitsMetrics, dtype: str) -> dict[str, Any]:
     bounds = asdict(thresholds_for(dtype))
     bounds.update({name: bounds[name] * metrics.scale for name in ABSOLUTE})
     failures = [
-        f"{name} is {value:.3g}, allowed is {'at least' if name in AT_LEAST else 'at most'} {bounds[name]:.3g}"
+        f"{name} is {value:.3g}: it may be {'at least' if name in AT_LEAST else 'at most'} {bounds[name]:.3g}"
         for name, value in asdict(metrics).items()
         if name in bounds and not within(name, value, bounds[name])
     ]

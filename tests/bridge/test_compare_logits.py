@@ -1,0 +1,154 @@
+"""The logits gate on real checkpoints: it passes what is right and fails on every mutation."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import copy_checkpoint, edit_json
+from process_groups import run_ranks
+from safetensors.torch import load_file, save_file
+
+from bridge import compare_logits, distributed
+from bridge.errors import ConfigError, InputError
+from bridge.importer import import_checkpoint
+
+Weights = dict[str, torch.Tensor]
+LAYER = "model.layers.1"
+
+
+def permute_heads(weights: Weights) -> None:
+    name = f"{LAYER}.self_attn.q_proj.weight"
+    weights[name] = weights[name].unflatten(0, (8, 16)).roll(1, dims=0).flatten(0, 1).contiguous()
+
+
+def swap_gate_and_up(weights: Weights) -> None:
+    gate, up = f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.up_proj.weight"
+    weights[gate], weights[up] = weights[up], weights[gate]
+
+
+def swap_norms(weights: Weights) -> None:
+    first, second = f"{LAYER}.input_layernorm.weight", f"{LAYER}.post_attention_layernorm.weight"
+    weights[first], weights[second] = weights[second], weights[first]
+
+
+def zero_keys(weights: Weights) -> None:
+    weights[f"{LAYER}.self_attn.k_proj.weight"].zero_()
+
+
+def spoil_one_value(weights: Weights) -> None:
+    weights["model.norm.weight"][0] = float("nan")
+
+
+def mutated_weights(source: Path, folder: Path, mutate: Callable[[Weights], None]) -> Path:
+    copy_checkpoint(source, folder)
+    shards = {file: load_file(file) for file in folder.glob("*.safetensors")}
+    weights = {name: weight for shard in shards.values() for name, weight in shard.items()}
+    mutate(weights)
+    for file, shard in shards.items():
+        save_file({name: weights[name] for name in shard}, file, metadata={"format": "pt"})
+    return folder
+
+
+def mutated_rope(source: Path, folder: Path, **changes: Any) -> Path:
+    copy_checkpoint(source, folder)
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    rope = {key: value for key, value in {**rope, **changes}.items() if value is not None}
+    edit_json(folder / "config.json", rope_parameters=rope)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def process_group() -> Iterator[None]:
+    yield
+    distributed.finalize()
+
+
+@pytest.fixture(scope="module")
+def llama(hf_checkpoint: Callable[..., Path]) -> Path:
+    # At the usual 0.02 attention is nearly a plain mean over positions, and hides faults in it.
+    return hf_checkpoint("llama", initializer_range=0.1)
+
+
+def compare(a: Path, b: Path, dtype: str = "float32", **settings: Any) -> dict[str, Any]:
+    return compare_logits.main({"a": str(a), "b": str(b), "dtype": dtype, "num_prompts": 2, **settings})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_import_passes(llama: Path, dtype: str, tmp_path: Path) -> None:
+    import_checkpoint(llama, tmp_path / "megatron")
+    table = tmp_path / "table.jsonl"
+    report = compare(llama, tmp_path / "megatron", dtype, table=str(table))
+    assert report["gate"]["passed"], report["gate"]
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    assert len(rows) == report["num_positions"] == 2 * 64
+    assert max(row["max_abs"] for row in rows) == report["gate"]["metrics"]["max_abs"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mutate", [permute_heads, swap_gate_and_up, swap_norms, zero_keys, spoil_one_value])
+def test_mutated_weights_fail(
+    mutate: Callable[[Weights], None], dtype: str, llama: Path, tmp_path: Path
+) -> None:
+    import_checkpoint(mutated_weights(llama, tmp_path / "hf", mutate), tmp_path / "megatron")
+    report = compare(llama, tmp_path / "megatron", dtype)
+    assert not report["gate"]["passed"], report["gate"]
+    assert report["gate"]["failures"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 10000.0},
+        {
+            "rope_type": "default",
+            "factor": None,
+            "low_freq_factor": None,
+            "high_freq_factor": None,
+            "original_max_position_embeddings": None,
+        },
+        {"factor": 8.0},
+    ],
+    ids=["wrong base", "dropped scaling", "wrong factor"],
+)
+def test_wrong_rotary_embedding_fails(
+    changes: dict[str, Any], dtype: str, llama: Path, tmp_path: Path
+) -> None:
+    import_checkpoint(mutated_rope(llama, tmp_path / "hf", **changes), tmp_path / "megatron")
+    report = compare(llama, tmp_path / "megatron", dtype)
+    assert not report["gate"]["passed"], report["gate"]
+
+
+def test_job_runs_on_two_ranks_with_prompts_from_a_file(llama: Path, tmp_path: Path) -> None:
+    import_checkpoint(llama, tmp_path / "megatron")
+    (tmp_path / "prompts.json").write_text(json.dumps([[5, 6, 7], [9, 8, 7, 6, 5]]))
+    config = {
+        "a": str(tmp_path / "megatron"),
+        "b": str(llama),
+        "dtype": "float32",
+        "prompts_file": str(tmp_path / "prompts.json"),
+        "tensor_model_parallel_size": 2,
+    }
+    report = run_ranks(2, "bridge.compare_logits", config, tmp_path / "job")
+    assert report["gate"]["passed"], report
+    assert report["num_positions"] == 8
+
+
+def test_prompts_depend_on_the_seed_alone() -> None:
+    config = {"num_prompts": 3, "prompt_length": 5, "seed": 7}
+    prompts = compare_logits.prompts_of(config, vocab_size=100)
+    assert prompts == compare_logits.prompts_of(config, vocab_size=100)
+    assert [len(prompt) for prompt in prompts] == [5, 5, 5]
+
+
+def test_prompt_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(InputError, match="token 100 of a prompt is outside the vocabulary of 100"):
+        compare_logits.prompts_of({"prompts": [[1, 100]]}, vocab_size=100)
+
+
+def test_dtype_without_thresholds_is_refused(llama: Path) -> None:
+    with pytest.raises(ConfigError, match="allowed are float32, bfloat16"):
+        compare(llama, llama, "float16")
