@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tasks.errors import StoreError
-from tasks.outbox import Outbox
+from tasks.outbox import Outbox, one_line
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -110,7 +110,7 @@ class MlflowLineage(Lineage):
         except TimeoutError:
             return None
         except Exception as error:
-            raise StoreError(f"MLflow refused {what}: {' '.join(str(error).split())}") from error
+            raise StoreError(f"MLflow refused {what}: {one_line(error)}") from error
 
     def start_step(self, step: str, tags: dict[str, Any]) -> StepRun:
         run = MlflowStepRun(self, step)
@@ -167,7 +167,7 @@ class MlflowLineage(Lineage):
     def _version_with(self, name: str, digest: str) -> str | None:
         """Look for a version that is this model, so that delivering twice registers once."""
         found = self.client.search_model_versions(f"name='{name}' and tags.digest='{digest}'")
-        return max((version.version for version in found), key=int, default=None)
+        return str(max(int(version.version) for version in found)) if found else None
 
     def _new_version(self, name: str, address: str, digest: str, tags: dict[str, str]) -> str:
         """Register a tagged stub: an MLflow server refuses a version whose source is a local path."""

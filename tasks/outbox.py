@@ -1,5 +1,6 @@
 """A queue of deliveries that happen in the background, so that a slow or dead receiver holds nobody up."""
 
+import re
 import threading
 import time
 from collections import deque
@@ -8,6 +9,11 @@ from concurrent.futures import Future
 from typing import Any
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds between attempts
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's message on one line, without the passwords of the addresses in it."""
+    return re.sub(r"://[^/@\s]+@", "://", " ".join(str(error).split()))[:300]
 
 
 class Outbox:
@@ -49,7 +55,7 @@ class Outbox:
             try:
                 future.set_result(deliver())
             except Exception as error:
-                self._last_error = " ".join(str(error).split())[:300]
+                self._last_error = one_line(error)
                 if not self._refused_for_good(error):
                     self._sleep(pause)
                     pause = min(2 * pause, LONGEST_PAUSE)
