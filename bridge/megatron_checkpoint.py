@@ -8,14 +8,16 @@ A training run's folder holds several, `iter_0000100/` and so on, and says which
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from bridge.contained_path import contained_file
 from bridge.errors import CheckpointError
 from bridge.families import plan_weights, provider_of
-from bridge.hf_checkpoint import read_config, read_json_object, side_files
+from bridge.hf_checkpoint import CONFIG, read_config, read_json_object, side_files
 from bridge.mapping import WeightPlan
 from bridge.provider import GPTModelProvider
 from bridge.torch_dist.metadata import METADATA, TorchDistMetadata, read_metadata
@@ -76,10 +78,11 @@ def resolve_checkpoint(path: Path) -> Path:
             f"{path} has neither {METADATA} nor {LATEST}: give a Megatron checkpoint's folder"
         )
     latest = (path / LATEST).read_text().strip()
-    folder = path / (f"iter_{int(latest):07d}" if latest.isascii() and latest.isdigit() else "release")
-    if not (folder.name == latest or latest.isdigit()) or not (folder / METADATA).is_file():
-        raise CheckpointError(f"{path / LATEST} says {latest[:40]!r}, but {folder} holds no checkpoint")
-    return folder
+    # Megatron-LM writes a number, or "release" for weights that were converted and not trained.
+    name = f"iter_{int(latest):07d}" if re.fullmatch("[0-9]+", latest) else "release"
+    if (name == "release") != (latest == "release") or not (path / name / METADATA).is_file():
+        raise CheckpointError(f"{path / LATEST} says {latest[:40]!r}, but {path} holds no such checkpoint")
+    return path / name
 
 
 def write_model(folder: Path, provider: GPTModelProvider, hf_files: Iterable[Path] = ()) -> None:
@@ -92,7 +95,9 @@ def write_model(folder: Path, provider: GPTModelProvider, hf_files: Iterable[Pat
 
 def copy_model(source: Path, folder: Path) -> None:
     """Take over the description and the side files of the checkpoint `source`, as training does."""
-    write_model(folder, read_model(source), sorted((source / HF_FOLDER).iterdir()))
+    hf_folder = source / HF_FOLDER
+    config = [contained_file(hf_folder, CONFIG, hf_folder)] if (hf_folder / CONFIG).is_file() else []
+    write_model(folder, read_model(source), [*config, *side_files(hf_folder)])
 
 
 def read_model(folder: Path) -> GPTModelProvider:

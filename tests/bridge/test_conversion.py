@@ -2,7 +2,7 @@
 
 import filecmp
 import json
-import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -95,10 +95,7 @@ export_checkpoint("megatron", "hf")
 assert compare_ledgers(ledger("megatron"), ledger("hf")).passed
 sys.exit(" ".join({{"torch", "numpy", "megatron", "transformers"}} & set(sys.modules)) or None)
 """
-    path = os.pathsep.join(sys.path)
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 def test_progress_counts_every_byte_once(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
@@ -122,12 +119,20 @@ def test_a_failure_leaves_nothing(hf_checkpoint: Checkpoints, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_conversion_left_is_taken_away(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
-    left = tmp_path / "megatron.partial"
-    left.mkdir()
-    (left / "__0_0.distcp").write_text("half a file")
-    import_checkpoint(hf_checkpoint("llama"), tmp_path / "megatron")
+def test_a_killed_conversion_leaves_no_result(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    source, destination = hf_checkpoint("llama"), tmp_path / "megatron"
+    code = f"""
+import os, signal
+from bridge.importer import import_checkpoint
+kill = lambda done, total: os.kill(os.getpid(), signal.SIGKILL)
+import_checkpoint({str(source)!r}, {str(destination)!r}, progress=kill)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron.partial"]
+    import_checkpoint(source, destination)
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+    export_checkpoint(destination, tmp_path / "hf")
+    assert_same_checkpoint(source, tmp_path / "hf")
 
 
 @pytest.mark.parametrize("convert", [import_checkpoint, export_checkpoint])
@@ -164,6 +169,17 @@ def test_a_tied_copy_is_written_once(hf_checkpoint: Checkpoints, tmp_path: Path)
     with pytest.raises(InputError, match=r"'lm_head\.weight' differs from 'model\.embed_tokens\.weight'"):
         import_checkpoint(source, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_norms_may_have_a_dtype_of_their_own(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    source = copy_checkpoint(hf_checkpoint("llama"), tmp_path / "source")
+    tensors = {name: t.float() if "norm" in name else t for name, t in hf_tensors(source).items()}
+    for file in source.glob("model*"):
+        file.unlink()
+    save_file(tensors, source / "model.safetensors")
+    import_checkpoint(source, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
+    assert_same_checkpoint(source, tmp_path / "hf")
 
 
 def test_the_exported_dtype_follows_the_weights(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_refuses_a_latest_that_is_not_there(latest: str, training_run: Path, tmp
     (tmp_path / LATEST).write_text(latest)
     (tmp_path / "iter_0000005").symlink_to(training_run / "iter_0000005")
     assert is_megatron_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no such checkpoint"):
         resolve_checkpoint(tmp_path)
 
 
