@@ -69,7 +69,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Build Megatron Core's config; without `perform_initialization` weights are unset until loaded."""
     provider.finalize()
-    if provider.context_parallel_size > 1 and not uses_transformer_engine(provider):
+    if not uses_transformer_engine(provider) and provider.context_parallel_size > 1:
         raise ConfigError(
             f"context_parallel_size {provider.context_parallel_size} needs Transformer Engine:"
             " without it choose 1"

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_read
 )
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
@@ -91,8 +92,9 @@ class RestrictedPlanner(torch_strategy.MCoreLoadPlanner):
     """Megatron's load planner with objects limited to what torch calls weights."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        assert not self.flatten_state_dict, "Megatron Core flattens state dicts by itself"
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        assert self.flatten_state_dict, "the default of torch's planner, which Megatron keeps"
+        path = self.mappings[read_item.dest_index.fqn]
+        set_element(self.original_state_dict, path, torch.load(value, weights_only=True))
 
 
 class RestrictedCommonStrategy(TorchCommonLoadStrategy):

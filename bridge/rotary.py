@@ -15,7 +15,7 @@ from bridge.provider import GPTModelProvider
 
 
 def inverse_frequencies(provider: GPTModelProvider) -> torch.Tensor:
-    """Return the angle per position of every pair of channels: float32, on the CPU, half the rotary size long."""
+    """Return the angle per position of every pair of channels, as float32 on the CPU."""
     rope_type = provider.rope_parameters["rope_type"]
     if rope_type not in SCALINGS:
         raise UnsupportedModelError(f"unknown rope type {rope_type!r}: allowed are {', '.join(SCALINGS)}")

@@ -1,0 +1,133 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import copy_checkpoint, edit_json
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from bridge import AutoBridge, distributed
+from bridge.errors import CheckpointError, ConfigError, UnsupportedModelError
+from bridge.families import families
+from bridge.ledger import compare_ledgers, ledger
+
+# As users of Megatron Bridge write it, but for the import.
+QUICK_START = """
+import sys
+from bridge import AutoBridge
+
+source, folder = sys.argv[1], sys.argv[2]
+bridge = AutoBridge.from_hf_pretrained(source)
+provider = bridge.to_megatron_provider()
+provider.tensor_model_parallel_size = 1
+provider.pipeline_model_parallel_size = 1
+provider.finalize()
+model = provider.provide_distributed_model(wrap_with_ddp=False)
+bridge.save_hf_pretrained(model, f"{folder}/saved")
+for name, weight in bridge.export_hf_weights(model, cpu=True):
+    print(name, tuple(weight.shape))
+AutoBridge.import_ckpt(source, f"{folder}/megatron")
+bridge.export_ckpt(f"{folder}/megatron", f"{folder}/exported")
+"""
+
+
+@pytest.fixture(autouse=True)
+def process_group() -> Iterator[None]:
+    yield
+    distributed.finalize()
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    comparison = compare_ledgers(ledger(a), ledger(b))
+    return not (comparison.missing or comparison.extra or comparison.different)
+
+
+def test_quick_start_of_megatron_bridge(hf_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = hf_checkpoint("llama")
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    printed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", QUICK_START, str(source), str(tmp_path)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    ).stdout
+    assert "lm_head.weight (160, 64)" in printed
+    for folder in ("saved", "exported"):
+        assert same_weights(source, tmp_path / folder)
+        assert (tmp_path / folder / "config.json").read_text() == (source / "config.json").read_text()
+
+
+@pytest.mark.parametrize("family", families())
+def test_saved_model_is_loaded_by_transformers(
+    family: str, hf_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = hf_checkpoint(family)
+    bridge = AutoBridge.from_hf_pretrained(source)
+    model = bridge.to_megatron_model(wrap_with_ddp=False)
+    bridge.save_hf_pretrained(model, tmp_path / "saved", max_shard_size="100KB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    expected = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_megatron_models_are_saved_and_loaded(hf_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    source = hf_checkpoint("qwen2")
+    bridge = AutoBridge.from_hf_pretrained(source)
+    bridge.save_megatron_model(bridge.to_megatron_model(wrap_with_ddp=False), tmp_path / "megatron")
+    assert same_weights(source, tmp_path / "megatron")
+    model = bridge.load_megatron_model(tmp_path / "megatron", params_dtype="float32", wrap_with_ddp=False)
+    weights = dict(bridge.export_hf_weights(model))
+    file = next(source.glob("*.safetensors"))
+    assert all(torch.equal(weights[name], weight.float()) for name, weight in load_file(file).items())
+
+
+def test_weights_of_another_folder_replace_those_of_a_model(hf_checkpoint: Callable[..., Path]) -> None:
+    bridge = AutoBridge.from_hf_pretrained(hf_checkpoint("llama"))
+    model = bridge.to_megatron_model(wrap_with_ddp=False)
+    other = hf_checkpoint("llama", seed=1)
+    bridge.load_hf_weights(model, other)
+    weights = dict(bridge.export_hf_weights(model))
+    file = next(other.glob("*.safetensors"))
+    assert all(torch.equal(weights[name], weight) for name, weight in load_file(file).items())
+
+
+def test_bridge_from_a_config_has_no_weights() -> None:
+    config = LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=100)
+    bridge = AutoBridge.from_hf_config(config)
+    assert bridge.transformer_config.num_layers == 2
+    model = bridge.to_megatron_model(wrap_with_ddp=False)
+    with pytest.raises(ConfigError, match="made from a config alone"):
+        bridge.load_hf_weights(model)
+
+
+def test_supported_models(hf_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    assert "LlamaForCausalLM" in AutoBridge.list_supported_models()
+    folder = copy_checkpoint(hf_checkpoint("llama"), tmp_path / "copy")
+    assert AutoBridge.can_handle(folder)
+    edit_json(folder / "config.json", model_type="never_heard_of")
+    assert not AutoBridge.can_handle(folder)
+
+
+def test_code_of_a_checkpoint_is_refused_unless_asked_for(
+    hf_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = copy_checkpoint(hf_checkpoint("llama"), tmp_path / "copy")
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Own"})
+    with pytest.raises(UnsupportedModelError, match="names code of its own"):
+        AutoBridge.from_hf_pretrained(folder)
+    bridge = AutoBridge.from_hf_pretrained(folder, trust_remote_code=True)
+    bridge.save_hf_pretrained(bridge.to_megatron_model(wrap_with_ddp=False), tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+
+
+def test_a_missing_folder_is_one_line() -> None:
+    with pytest.raises(CheckpointError, match="/no/such/folder is not a folder"):
+        AutoBridge.from_hf_pretrained("/no/such/folder")
