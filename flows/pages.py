@@ -7,17 +7,18 @@ from typing import Any
 
 
 def prepare_prefect(workspace: Path) -> None:
-    """Settings for a flow that this process runs itself; what the user has set is kept. Before Prefect's import.
+    """Set what a flow in this process needs, before Prefect is imported; what the user has set is kept.
 
     Who has never used Prefect gets its database in the workspace, beside what it is about.
     """
-    if not os.environ.get("PREFECT_API_URL") and not (Path.home() / ".prefect").exists():
-        os.environ.setdefault("PREFECT_HOME", str(workspace.absolute() / "prefect"))
+    own = workspace.absolute() / "prefect"
+    if not os.environ.get("PREFECT_API_URL") and (own.exists() or not (Path.home() / ".prefect").exists()):
+        os.environ.setdefault("PREFECT_HOME", str(own))
     # on a busy machine a first start with its migrations takes longer than Prefect's 20 seconds
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     # the command shows the steps itself; the records still reach Prefect's pages
-    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "WARNING")
+    os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
 def page_lines(identifiers: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""`bridgeworks release` and `plan`: the plan first, the flow if there is something to do, a table at the end."""
+"""`bridgeworks release` and `plan`: the plan first, the flow if there is work to do, a table at the end."""
 
 import json
 import sys
@@ -45,6 +45,7 @@ def print_plan(decisions: Sequence[Decision]) -> None:
 
 def run_release(spec: ReleaseSpec, *, as_json: bool = False) -> None:
     """Make the release that the spec asks for and show it; without anything to do Prefect is not started."""
+    prepare_prefect(spec.workspace)
     decisions = planned(spec)
     if not as_json:
         print_plan(decisions)
@@ -76,7 +77,6 @@ def reused(spec: ReleaseSpec, decisions: Sequence[Decision]) -> dict[str, Any]:
 
 def run_flow(spec: ReleaseSpec, *, quiet: bool) -> dict[str, Any]:
     """Run the flow in this process, each step shown as it goes; what it raises is raised here."""
-    prepare_prefect(spec.workspace)
     from prefect.exceptions import TerminationSignal
 
     from flows.release_model import release_model
@@ -127,7 +127,7 @@ def shortened(path: Path) -> str:
 
 
 class StepLines:
-    """Shows a flow while it runs: what each step does, says and has reached. A `tasks.perform_step.Watcher`."""
+    """A `tasks.perform_step.Watcher` that shows what each step does, says and has reached."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet

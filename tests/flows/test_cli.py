@@ -1,0 +1,202 @@
+"""The command line as a shell sees it: quick help, exit codes, one-line errors, JSON."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from checkpoints import copy_checkpoint, edit_json, make_hf_checkpoint
+
+PROGRAM = str(Path(sys.executable).with_name("bridgeworks"))
+COMMANDS = (
+    *("demo", "release", "plan", "import", "export", "compare", "train", "families", "recipes", "doctor"),
+    *("audit", "audit verify", "audit show", "audit diff"),
+)
+HEAVY = ("torch", "prefect", "mlflow", "pandas", "transformers", "megatron", "numpy", "matplotlib", "fsspec")
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [PROGRAM, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **environment},
+    )
+
+
+def check_refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2 and one line on stderr that says what is wrong."""
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hf_checkpoint(tmp_path_factory.mktemp("cli") / "hf", "llama")
+
+
+@pytest.fixture
+def spec_file(hf: Path, tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text("some text")
+    spec = {
+        "name": "small",
+        "workspace": "work",
+        "source": {"uri": str(hf)},
+        "dataset": {"inputs": ["text.txt"]},
+        "publish": {"destination": "release"},
+    }
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    return tmp_path / "spec.yaml"
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_quick_and_loads_nothing_heavy(command: str) -> None:
+    probe = (
+        "import sys, flows.cli; sys.argv = ['bridgeworks', *sys.argv[1:]]\n"
+        "try: flows.cli.main()\n"
+        f"finally: print('HEAVY', sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", probe, *command.split(), "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    assert "HEAVY []" in result.stdout
+    assert "Usage: bridgeworks" in result.stdout
+    assert time.monotonic() - started < 1 or len(os.sched_getaffinity(0)) < 4  # a busy machine is slower
+
+
+def test_every_command_has_a_help_text() -> None:
+    listed = run("--help").stdout
+    assert all(command.split()[0] in listed for command in COMMANDS)
+
+
+@pytest.mark.parametrize("arguments", [("no-such-command",), ("import", "a"), ("plan", "--no-such-option")])
+def test_wrong_usage_is_bad_input(arguments: tuple[str, ...]) -> None:
+    check_refused(run(*arguments))
+
+
+def test_families_and_recipes_for_scripts() -> None:
+    families = json.loads(run("families", "--json").stdout)
+    assert {"llama", "mistral", "qwen2", "qwen3"} <= {family["model_type"] for family in families}
+    recipes = json.loads(run("recipes", "--json").stdout)
+    assert "llama32_1b_pretrain_config" in recipes
+
+
+def test_a_recipe_with_changes() -> None:
+    result = run("recipes", "llama32_1b_pretrain_config", "--set", "train.train_iters=7")
+    assert yaml.safe_load(result.stdout)["train"]["train_iters"] == 7
+    check_refused(
+        run("recipes", "llama32_1b_pretrain_config", "--set", "train.train_itrs=7"), "train.train_iters"
+    )
+    check_refused(run("recipes", "llama32_1b_config"), "llama32_1b_pretrain_config")
+
+
+def test_import_and_export(hf: Path, tmp_path: Path) -> None:
+    imported = json.loads(run("import", hf, tmp_path / "megatron", "--json").stdout)
+    assert imported["tensors"] > 10
+    exported = run("export", tmp_path / "megatron", tmp_path / "hf", "--max-shard-size", "150KB")
+    assert "tensors" in exported.stdout
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    check_refused(run("export", tmp_path / "megatron", tmp_path / "hf"), "exists")
+
+
+def test_compare(hf: Path, tmp_path: Path) -> None:
+    run("import", hf, tmp_path / "megatron")
+    same = run("compare", hf, tmp_path / "megatron", "--num-prompts", 1, "--prompt-length", 4)
+    assert same.returncode == 0, same.stderr
+    assert "the two are the same model" in same.stdout
+    other = make_hf_checkpoint(tmp_path / "other", "llama", seed=1)
+    report = tmp_path / "report.json"
+    arguments = ("--num-prompts", 1, "--prompt-length", 4, "--report", report, "--json")
+    different = run("compare", other, tmp_path / "megatron", *arguments)
+    assert different.returncode == 1
+    assert different.stderr == ""
+    assert json.loads(different.stdout) == json.loads(report.read_text())
+    assert [gate["passed"] for gate in json.loads(report.read_text())["gates"]] == [False, False]
+
+
+def test_bad_checkpoints_are_refused_and_nothing_is_written(hf: Path, tmp_path: Path) -> None:
+    check_refused(run("import", tmp_path / "none", tmp_path / "out"), "none")
+    unknown = copy_checkpoint(hf, tmp_path / "unknown")
+    edit_json(unknown / "config.json", model_type="no_such_model")
+    check_refused(run("import", unknown, tmp_path / "out"), "no_such_model", "llama")
+    check_refused(run("compare", unknown, tmp_path / "none"), "none")
+    check_refused(run("export", hf, tmp_path / "out"), str(hf))
+    check_refused(run("import", "ftp://host/model", tmp_path / "out"), "ftp://")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_bad_specs_are_refused_and_nothing_is_written(spec_file: Path, hf: Path) -> None:
+    check_refused(run("plan", spec_file.with_name("none.yaml")), "none.yaml")
+    for command in ("plan", "release"):
+        for change, word in (
+            ("train.overrides.train.train_itrs=5", "train.train_iters"),
+            ("train.parallel.tensor_model_parallel_size=3", "divisible"),
+            ("check.tensor_model_parallel_size=16", "divisible"),
+            ("train.recipe=continued_pretrain", "continued_pretrain_config"),
+            ("source.uri=/no/such/model", "/no/such/model"),
+            ("source.uri=s3://me:hunter2@bucket/model", "user, password"),
+            ("dataset.inputs=[/no/such/text]", "/no/such/text"),
+            ("publish.destinatoin=x", "did you mean 'destination'"),
+        ):
+            result = run(command, spec_file, "--set", change)
+            check_refused(result, word)
+            assert "hunter2" not in result.stderr
+            if command == "release":
+                break  # the rest is the same check
+    assert not spec_file.with_name("work").exists()
+
+
+def test_plan_says_what_would_run_and_why(spec_file: Path) -> None:
+    steps = json.loads(run("plan", spec_file, "--json").stdout)
+    assert steps[0]["step"] == "fetch"
+    assert {step["action"] for step in steps} == {"run"}
+    assert "not built yet" in run("plan", spec_file).stdout
+    assert not spec_file.with_name("work").exists()
+
+
+def test_train_refuses_what_is_no_dataset(tmp_path: Path) -> None:
+    arguments = ("--dataset", tmp_path, "--output", tmp_path / "run")
+    check_refused(run("train", "llama32_1b_pretrain_config", *arguments), "dataset.json")
+
+
+def test_doctor_prints_no_secret(tmp_path: Path) -> None:
+    secrets = {
+        "AWS_ACCESS_KEY_ID": "AKIAVERYSECRET",
+        "AWS_SECRET_ACCESS_KEY": "swordfish",
+        "HF_TOKEN": "hf_swordfish",
+    }
+    addresses = {
+        "PREFECT_API_URL": "http://me:swordfish@127.0.0.1:9/api",
+        "MLFLOW_TRACKING_URI": "http://me:swordfish@127.0.0.1:9",
+    }
+    result = run("doctor", "--workspace", tmp_path, "--json", **secrets, **addresses)
+    assert result.returncode == 1
+    assert "swordfish" not in result.stdout + result.stderr
+    assert "VERYSECRET" not in result.stdout + result.stderr
+    findings = {finding["what"]: finding for finding in json.loads(result.stdout)}
+    assert findings["Python"]["state"] == "ok"
+    assert findings["S3 credentials"]["found"] == "from AWS_ACCESS_KEY_ID"
+    for server in ("Prefect", "MLflow"):
+        assert findings[server]["state"] == "missing"
+        assert "unset" in findings[server]["advice"]
+
+
+def test_doctor_is_content_with_this_machine(tmp_path: Path) -> None:
+    result = run("doctor", "--workspace", tmp_path)
+    assert result.returncode == 0, result.stdout
+
+
+def test_audit_refuses_what_is_no_release(tmp_path: Path) -> None:
+    result = run("audit", "verify", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
