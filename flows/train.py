@@ -10,7 +10,7 @@ from bridge.megatron_checkpoint import read_model, resolve_checkpoint
 from flows.console import Progress, person_watches, print_json, print_table, progress
 from recipes.registry import recipe_named
 from tasks.launch import launch
-from tasks.spec import ParallelSpec, ReleaseSpec, TrainSpec
+from tasks.spec import ParallelSpec, TrainSpec
 from tasks.train import resolved_config
 from training.config import ConfigContainer
 from training.metrics import read_metrics
@@ -64,9 +64,7 @@ def make_config(
 ) -> ConfigContainer:
     """Return the recipe's config, its model that of the checkpoint where there is one."""
     if load:
-        overrides = TrainSpec(recipe=recipe, parallel=parallel)
-        # only this section of a spec is read
-        config = resolved_config(ReleaseSpec.model_construct(train=overrides), read_model(load))
+        config = resolved_config(TrainSpec(recipe=recipe, parallel=parallel), read_model(load))
     else:
         config = recipe_named(recipe)()
         for name, size in parallel.model_sizes.items():

@@ -26,7 +26,7 @@ def check_spec(spec: ReleaseSpec) -> None:
     taken is refused when a new model is to be trained; what is trained already may be there rightly.
     """
     model = provider_of(source_config(spec))
-    resolved_config(spec, model)
+    resolved_config(spec.train, model)
     sizes: dict[str, Any] = spec.check.model_sizes
     dataclasses.replace(model, **sizes).finalize()
     text_identity(spec.dataset)

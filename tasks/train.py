@@ -10,7 +10,7 @@ from recipes.registry import recipe_named
 from tasks.artifact import Kind
 from tasks.metrics_follower import MetricsFollower
 from tasks.plan import flatten
-from tasks.spec import ReleaseSpec
+from tasks.spec import ReleaseSpec, TrainSpec
 from tasks.step import Artifacts, Step, StepContext
 from training.config import ConfigContainer
 from training.overrides import apply_overrides
@@ -29,7 +29,7 @@ def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepCo
     """Run the training job, pass its curves on while it runs, and check them at the end."""
     from tasks.tables import check_metrics  # pandas, which a plan can do without
 
-    config = resolved_config(spec, read_model(artifacts["import"].payload))
+    config = resolved_config(spec.train, read_model(artifacts["import"].payload))
     context.run.log_params(flatten(config.to_dict()))
     config.dataset.paths = [str(artifacts["build_dataset"].payload)]
     config.tokenizer.tokenizer_model = str(artifacts["fetch"].payload)
@@ -57,19 +57,19 @@ def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepCo
 
 def config(spec: ReleaseSpec, artifacts: Artifacts) -> dict[str, Any]:
     """Return the resolved training config; where things lie does not decide what comes out."""
-    resolved = resolved_config(spec, read_model(artifacts["import"].payload)).to_dict()
+    resolved = resolved_config(spec.train, read_model(artifacts["import"].payload)).to_dict()
     return {**resolved, "num_processes": spec.train.parallel.num_processes}
 
 
-def resolved_config(spec: ReleaseSpec, model: GPTModelProvider) -> ConfigContainer:
-    """Return the recipe's config for `model` with the spec's changes; what cannot be is a ConfigError."""
-    config = recipe_named(spec.train.recipe)()
+def resolved_config(train: TrainSpec, model: GPTModelProvider) -> ConfigContainer:
+    """Return the recipe's config for `model` with the changes of `train`; what cannot be is a ConfigError."""
+    config = recipe_named(train.recipe)()
     settings: dict[str, Any] = {name: getattr(config.model, name) for name in RUN_FIELDS}
     settings["seq_length"] = settings["seq_length"] or min(model.max_position_embeddings, LONGEST_DEFAULT)
-    settings |= spec.train.parallel.model_sizes
+    settings |= train.parallel.model_sizes
     config.model = dataclasses.replace(model, **settings)
-    apply_overrides(config, spec.train.overrides)
-    return config.validate(spec.train.parallel.num_processes)
+    apply_overrides(config, train.overrides)
+    return config.validate(train.parallel.num_processes)
 
 
 STEP = Step(
