@@ -38,7 +38,7 @@ def resolve(destination: str, name: str, digest: str) -> Address:
 def check_destination(spec: ReleaseSpec) -> None:
     """Refuse, before any work, a destination that is taken, cannot be reached or needs credentials.
 
-    A release of this very spec may lie there already: a run that was killed late, or one that changes nothing.
+    A release of this very spec may lie there already, of a run that was killed late or changed nothing.
     """
     address = resolve(spec.publish.destination, spec.name, "0" * 64)
     if address.scheme == "s3":
