@@ -24,8 +24,8 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Change one setting, by dotted name; may be repeated."),
 ]
-Tensor = Annotated[int, typer.Option("--tp", min=1, help="tensor_model_parallel_size")]
-Pipeline = Annotated[int, typer.Option("--pp", min=1, help="pipeline_model_parallel_size")]
+Tensor = Annotated[int, typer.Option("--tp", min=1, max=64, help="tensor_model_parallel_size")]
+Pipeline = Annotated[int, typer.Option("--pp", min=1, max=64, help="pipeline_model_parallel_size")]
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The release spec, a YAML or JSON file.")]
 
 
@@ -194,7 +194,7 @@ def train(
     load: Annotated[Path | None, typer.Option(help="Megatron folder to start from.")] = None,
     tp: Tensor = 1,
     pp: Pipeline = 1,
-    dp: Annotated[int, typer.Option("--dp", min=1, help="Copies of the model.")] = 1,
+    dp: Annotated[int, typer.Option("--dp", min=1, max=4096, help="Copies of the model.")] = 1,
     changes: Set = None,
     json: Json = False,
 ) -> None:

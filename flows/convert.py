@@ -32,6 +32,12 @@ def export_to(
     megatron: Path, hf: Path, max_shard_size: str, config_from: Path | None, workers: int
 ) -> Conversion:
     """Export a checkpoint."""
-    options = {"max_shard_size": max_shard_size, "config_from": config_from, "workers": workers}
     with progress("exporting") as show:
-        return export_checkpoint(megatron, hf, progress=show, **options)
+        return export_checkpoint(
+            megatron,
+            hf,
+            max_shard_size=max_shard_size,
+            config_from=config_from,
+            workers=workers,
+            progress=show,
+        )

@@ -10,13 +10,14 @@ from bridge.megatron_checkpoint import read_model, resolve_checkpoint
 from flows.console import Progress, person_watches, print_json, print_table, progress
 from recipes.registry import recipe_named
 from tasks.launch import launch
-from tasks.spec import ParallelSpec, TrainSpec
+from tasks.spec import ParallelSpec, TrainSpec, override
 from tasks.train import resolved_config
 from training.config import ConfigContainer
 from training.metrics import read_metrics
 from training.overrides import apply_overrides
 
 SECONDS_BETWEEN_READS = 1.0
+SIZES = tuple(f"model.{name}" for name in ParallelSpec.model_fields)
 
 
 def train(
@@ -62,13 +63,15 @@ def train(
 def make_config(
     recipe: str, load: Path | None, parallel: ParallelSpec, changes: list[str]
 ) -> ConfigContainer:
-    """Return the recipe's config, its model that of the checkpoint where there is one."""
+    """Return the recipe's config with the changes, its model that of the checkpoint where there is one."""
+    if wrong := next((change for change in changes if change.partition("=")[0] in SIZES), None):
+        raise InputError(f"{wrong}: give parallel sizes by --tp, --pp and --dp")
     if load:
-        config = resolved_config(TrainSpec(recipe=recipe, parallel=parallel), read_model(load))
-    else:
-        config = recipe_named(recipe)()
-        for name, size in parallel.model_sizes.items():
-            setattr(config.model, name, size)
+        overrides = override({}, [f"train.overrides.{change}" for change in changes]).get("train", {})
+        return resolved_config(TrainSpec(recipe=recipe, parallel=parallel, **overrides), read_model(load))
+    config = recipe_named(recipe)()
+    for name, size in parallel.model_sizes.items():
+        setattr(config.model, name, size)
     return apply_overrides(config, changes)
 
 

@@ -184,7 +184,7 @@ def _copy_file(source: Source, name: str, destination: Path, stop: threading.Eve
     part = destination / f"{name}.part"
     filesystem = open_filesystem(source.address)
     # a cache that reads ahead would fetch most bytes twice
-    options = {"cache_type": "none"} if source.address.scheme == "hf" else {}
+    options: dict[str, Any] = {"cache_type": "none"} if source.address.scheme == "hf" else {}
     with part.open("ab") as file:
         while (begin := file.tell()) < remote.bytes and not stop.is_set():
             end = min(begin + CHUNK_BYTES, remote.bytes)
