@@ -32,8 +32,8 @@ Model = Sequence[torch.nn.Module]
 class AutoBridge:
     """Converts one model between Hugging Face and Megatron Core, on disk and in memory.
 
-    A model in memory is the list of chunks that `provide_distributed_model` returns; all ranks call the methods
-    that take one together.
+    A model in memory is the list of chunks that `provide_distributed_model` returns. Methods that take one
+    are for all ranks together.
     """
 
     def __init__(self, config: dict[str, Any], checkpoint: HfCheckpoint | None = None) -> None:

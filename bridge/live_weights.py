@@ -101,11 +101,10 @@ def load_hf_weights(
     """Fill this rank's model chunks with its own slices of a Hugging Face checkpoint, cast to their dtype."""
     plan = plan_weights(provider)
     check_hf_coverage(plan, checkpoint)
-    blocks, reader = blocks_by_tensor(plan), HfReader(checkpoint)
-    for shard in shards_of(chunks):
+    blocks, reader, shards = blocks_by_tensor(plan), HfReader(checkpoint), shards_of(chunks)
+    check_model_coverage(blocks, gather_boxes(shards))
+    for shard in shards:
         box = shard.box
-        if (box.key, box.lead) not in blocks:
-            raise CoverageError(f"the model has {box.key} {box.lead}, for which the family has no rule")
         shard.data.zero_()  # rows that only pad the vocabulary
         for block in blocks[box.key, box.lead]:
             first, last = overlap(block, box)
@@ -122,11 +121,12 @@ def export_hf_weights(
 
     One global Megatron tensor at a time is gathered, so memory stays at a layer's largest tensor.
     """
-    owned = {shard.box: shard.data for shard in shards_of(chunks) if shard.is_main_replica}
-    boxes = gather_boxes(list(owned))
-    plan = plan_weights(provider)
-    for tensor, blocks in blocks_by_tensor(plan).items():
-        for name, weight in gather_tensor(blocks, boxes[tensor], owned, plan).items():
+    shards, plan = shards_of(chunks), plan_weights(provider)
+    owned = {shard.box: shard.data for shard in shards if shard.is_main_replica}
+    blocks, boxes = blocks_by_tensor(plan), gather_boxes(shards)
+    check_model_coverage(blocks, boxes)
+    for tensor in blocks:
+        for name, weight in gather_tensor(blocks[tensor], boxes[tensor], owned, plan).items():
             yield name, weight.cpu() if cpu else weight
 
 
@@ -143,8 +143,19 @@ def gather_tensor(
     return weights
 
 
-def gather_boxes(own: list[Box]) -> dict[GlobalTensor, list[tuple[int, Box]]]:
-    """Tell every rank which rank holds which box."""
+def check_model_coverage(
+    blocks: dict[GlobalTensor, list[Block]], boxes: dict[GlobalTensor, list[tuple[int, Box]]]
+) -> None:
+    """Raise CoverageError unless all ranks together hold exactly the tensors of the plan."""
+    for key, lead in blocks.keys() - boxes.keys():
+        raise CoverageError(f"the model has no {key} {list(lead)}, which its family has a rule for")
+    for key, lead in boxes.keys() - blocks.keys():
+        raise CoverageError(f"the model has {key} {list(lead)}, which its family has no rule for")
+
+
+def gather_boxes(shards: list[Shard]) -> dict[GlobalTensor, list[tuple[int, Box]]]:
+    """Tell every rank which rank holds which box, replicas left out."""
+    own = [shard.box for shard in shards if shard.is_main_replica]
     per_rank: list[list[Box]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(per_rank, own)
     boxes: dict[GlobalTensor, list[tuple[int, Box]]] = defaultdict(list)

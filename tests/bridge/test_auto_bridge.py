@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bridge import AutoBridge, distributed
-from bridge.errors import CheckpointError, ConfigError, UnsupportedModelError
+from bridge.errors import CheckpointError, ConfigError, CoverageError, UnsupportedModelError
 from bridge.families import families
 from bridge.ledger import compare_ledgers, ledger
 
@@ -97,6 +97,17 @@ def test_weights_of_another_folder_replace_those_of_a_model(hf_checkpoint: Calla
     weights = dict(bridge.export_hf_weights(model))
     file = next(other.glob("*.safetensors"))
     assert all(torch.equal(weights[name], weight) for name, weight in load_file(file).items())
+
+
+@pytest.mark.parametrize("add_qkv_bias", [True, False])
+def test_a_model_with_other_tensors_than_its_family_is_refused(
+    add_qkv_bias: bool, hf_checkpoint: Callable[..., Path]
+) -> None:
+    bridge = AutoBridge.from_hf_pretrained(hf_checkpoint("llama" if add_qkv_bias else "qwen2"))
+    provider = bridge.to_megatron_provider()
+    provider.add_qkv_bias = add_qkv_bias
+    with pytest.raises(CoverageError, match=r"linear_qkv\.bias \[\d\], which its family has"):
+        provider.provide_distributed_model(wrap_with_ddp=False)
 
 
 def test_bridge_from_a_config_has_no_weights() -> None:
