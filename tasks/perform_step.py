@@ -1,7 +1,8 @@
 """The Prefect task that performs one step, and how its log, progress and tables reach Prefect."""
 
+import threading
 import time
-from contextvars import ContextVar
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from uuid import UUID
@@ -51,6 +52,9 @@ class PrefectContext(StepContext):
     _flushed: float = 0.0
     _updated: float = 0.0
     _progress_artifact: UUID | None = None
+    # conversions report from threads of their own, which know nothing of the task run
+    _home: Context = field(default_factory=copy_context)
+    _one_reports: threading.Lock = field(default_factory=threading.Lock)
 
     def log(self, line: str) -> None:
         if found := watcher.get():
@@ -67,6 +71,10 @@ class PrefectContext(StepContext):
 
     def progress(self, done: float, total: float, description: str) -> None:
         self.watch.check()
+        with self._one_reports:
+            self._home.run(self._progress, done, total, description)
+
+    def _progress(self, done: float, total: float, description: str) -> None:
         if found := watcher.get():
             found.progressed(self.name, done, total, description)
         if time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES or done >= total:

@@ -1,8 +1,10 @@
 """What the whole suite needs: a Prefect of its own, and no word to anybody outside."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -30,3 +32,22 @@ def prefect_server() -> Iterator[None]:
         temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}),
     ):
         yield
+
+
+@pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow store; making one takes seconds, copying it none."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, mlflow_store: Path) -> Path:
+    """A folder to release in, whose MLflow store is there already."""
+    shutil.copyfile(mlflow_store, tmp_path / "mlflow.db")
+    return tmp_path
+
+pytest_plugins = ["small_release"]

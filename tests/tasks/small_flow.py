@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def prepare(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: Step
 
 def work(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepContext) -> dict[str, Any]:
     (folder / "checkpoint").touch()
-    context.progress(1, 2, "half of it")
+    with ThreadPoolExecutor(1) as threads:  # as conversions do
+        threads.submit(context.progress, 1, 2, "half of it").result()
     job = {"output": str(spec.workspace), "do": spec.source.uri}
     return context.launch("small_flow", job, num_processes=2, grace=1)
 

@@ -21,6 +21,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling
 
+from tasks.perform_step import watcher
 from tests.tasks.small_flow import small_flow, spec_for
 
 HERE = Path(__file__).parent
@@ -69,16 +70,20 @@ def start_in_process(workspace: Path, job: str) -> subprocess.Popen:
     return process
 
 
-def test_second_run_reuses_and_shows_as_cached(tmp_path) -> None:
-    spec = spec_for(tmp_path, "finish")
+def test_second_run_reuses_and_shows_as_cached(workspace) -> None:
+    spec = spec_for(workspace, "finish")
     assert small_flow(spec) == ["run", "run"]
-    first = flow_run_id(tmp_path)
+    first = flow_run_id(workspace)
     assert small_flow(spec) == ["reuse", "reuse"]
+    second = flow_run_id(workspace)
     with get_client(sync_client=True) as client:
-        names = [
-            run.state.name for run in client.read_task_runs() if run.flow_run_id == flow_run_id(tmp_path)
-        ]
-        assert names == ["Cached", "Cached"]
+
+        def states() -> list[str]:  # of task runs, which reach the server as events, a little later
+            return [
+                run.state.name for run in client.read_task_runs() if run.flow_run_id == second and run.state
+            ]
+
+        wait_for(lambda: states() == ["Cached", "Cached"], 20)
         of_first = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[first]))
         kinds = {artifact.key: artifact.type for artifact in client.read_artifacts(artifact_filter=of_first)}
         assert kinds == {"small-files": "table", "small-work": "progress"}
@@ -90,26 +95,58 @@ def test_second_run_reuses_and_shows_as_cached(tmp_path) -> None:
         wait_for(logged, 20)
 
 
-def test_failing_job_fails_the_flow_with_its_message(tmp_path) -> None:
-    (tmp_path / "rank0").mkdir()
+class Notes:
+    """A watcher that writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple] = []
+
+    def decided(self, decision) -> None:
+        self.told.append(("decided", decision.step, decision.action))
+
+    def line(self, step, text) -> None:
+        self.told.append(("line", step, text))
+
+    def progressed(self, step, done, total, description) -> None:
+        self.told.append(("progressed", step, done, total, description))
+
+    def finished(self, step, artifact, seconds) -> None:
+        self.told.append(("finished", step, artifact.step))
+
+
+def test_a_watcher_in_this_process_is_told(workspace) -> None:
+    notes = Notes()
+    token = watcher.set(notes)
+    try:
+        small_flow(spec_for(workspace, "finish"))
+    finally:
+        watcher.reset(token)
+    assert notes.told[:2] == [("decided", "prepare", "run"), ("finished", "prepare", "prepare")]
+    assert ("progressed", "work", 1, 2, "half of it") in notes.told
+    assert ("line", "work", "worked hard") in notes.told
+    assert notes.told[-1] == ("finished", "work", "work")
+
+
+def test_failing_job_fails_the_flow_with_its_message(workspace) -> None:
+    (workspace / "rank0").mkdir()
     with pytest.raises(Exception, match="small_flow failed with IsADirectoryError"):
-        small_flow(spec_for(tmp_path, "finish"))
-    assert read_flow_run(tmp_path).state.type == StateType.FAILED
+        small_flow(spec_for(workspace, "finish"))
+    assert read_flow_run(workspace).state.type == StateType.FAILED
 
 
-def test_cancelling_a_local_run_stops_its_job(tmp_path) -> None:
-    process = start_in_process(tmp_path, "stubborn")
+def test_cancelling_a_local_run_stops_its_job(workspace) -> None:
+    process = start_in_process(workspace, "stubborn")
     with get_client(sync_client=True) as client:
-        client.set_flow_run_state(flow_run_id(tmp_path), Cancelling())
+        client.set_flow_run_state(flow_run_id(workspace), Cancelling())
     process.wait(60)
-    assert not any(map(alive, ranks(tmp_path)))
-    assert read_flow_run(tmp_path).state.type == StateType.CANCELLED
+    assert not any(map(alive, ranks(workspace)))
+    assert read_flow_run(workspace).state.type == StateType.CANCELLED
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
-def test_a_signal_to_the_flow_leaves_no_rank(tmp_path, signal_number) -> None:
-    process = start_in_process(tmp_path, "stubborn")
+def test_a_signal_to_the_flow_leaves_no_rank(workspace, signal_number) -> None:
+    process = start_in_process(workspace, "stubborn")
     process.send_signal(signal_number)
     process.wait(60)
-    wait_for(lambda: not any(map(alive, ranks(tmp_path))), 10)
-    assert not list(tmp_path.glob("store/work/*/artifact.json"))
+    wait_for(lambda: not any(map(alive, ranks(workspace))), 10)
+    assert not list(workspace.glob("store/work/*/artifact.json"))
