@@ -124,8 +124,9 @@ def check_credentials(name: str) -> Finding:
     return Finding(f"{name} credentials", OK, "none", advice)
 
 
-def check_prefect() -> Finding:
-    url = os.environ.get("PREFECT_API_URL")
+def check_prefect(url: str | None = None) -> Finding:
+    """Look for the server at `url`, or at PREFECT_API_URL."""
+    url = url or os.environ.get("PREFECT_API_URL")
     if not url:
         return Finding("Prefect", OK, "no PREFECT_API_URL: each run starts a server of its own")
     return _reach("Prefect", url, f"{url.rstrip('/')}/health", "PREFECT_API_URL")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from flows.console import PLAIN_SECONDS, person_watches, print_json, print_table
+from flows.doctor import MISSING, check_prefect
 from flows.pages import page_lines, prepare_prefect
 from tasks.artifact import Artifact, Kind
 from tasks.chain import CHAIN
-from tasks.errors import JobStoppedError
+from tasks.errors import JobStoppedError, StoreError
 from tasks.plan import Decision, make_plan, store_of
 from tasks.preflight import check_spec
 from tasks.release import RELEASE
@@ -78,10 +79,14 @@ def reused(spec: ReleaseSpec, decisions: Sequence[Decision]) -> dict[str, Any]:
 def run_flow(spec: ReleaseSpec, *, quiet: bool) -> dict[str, Any]:
     """Run the flow in this process, each step shown as it goes; what it raises is raised here."""
     from prefect.exceptions import TerminationSignal
+    from prefect.settings import get_current_settings
 
     from flows.release_model import release_model
     from tasks.perform_step import watcher
 
+    server = check_prefect(get_current_settings().api.url)
+    if server.state == MISSING:
+        raise StoreError(f"Prefect: {server.found}: {server.advice}")
     with StepLines(quiet=quiet) as lines:
         token = watcher.set(lines)
         try:

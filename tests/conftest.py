@@ -50,4 +50,5 @@ def workspace(tmp_path: Path, mlflow_store: Path) -> Path:
     shutil.copyfile(mlflow_store, tmp_path / "mlflow.db")
     return tmp_path
 
+
 pytest_plugins = ["small_release"]

@@ -30,6 +30,8 @@ OVERRIDES = {
     "optimizer.min_lr": 0.001,
     "scheduler.lr_warmup_iters": 1,
 }
+# must be found nowhere in the workspace afterwards
+SECRETS = {"AWS_SECRET_ACCESS_KEY": "swordfish-of-s3", "HF_TOKEN": "hf_swordfish-of-the-hub"}
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -75,7 +77,7 @@ def write_spec(folder: Path) -> Path:
 def small_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the spec of a release that has been made; its workspace is the spec's folder."""
     spec = write_spec(tmp_path_factory.mktemp("release"))
-    made = run("release", spec)
+    made = run("release", spec, PREFECT_HOME=str(spec.parent / "prefect"), **SECRETS)
     assert made.returncode == 0, made.stdout + made.stderr
     spec.with_name("output.txt").write_text(made.stdout)
     return spec

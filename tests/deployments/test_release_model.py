@@ -14,6 +14,9 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from s3_server import BUCKET, s3, s3_server
+
+from tasks.audit import verify_release
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFECT = str(Path(sys.executable).with_name("prefect"))
@@ -137,13 +140,16 @@ def test_a_run_started_through_the_api_completes(
     folder = small_release.parent
     spec |= {"workspace": str(folder), "source": {"uri": str(folder / "source")}}
     spec["dataset"]["inputs"] = [str(folder / "text")]
-    spec["publish"]["destination"] = str(tmp_path / "release")
+    spec["publish"]["destination"] = f"s3://{BUCKET}/small/{{digest}}"
     worker = ("worker", "start", "--pool", "bridgeworks", "--limit", "1")
-    with process(tmp_path / "worker.log", PREFECT, *worker, **environment):
-        run_id = start(client, deployed, spec).raise_for_status().json()["id"]
-        state = wait_for("run", lambda: final_state(client, run_id), 240)
-    assert state["type"] == "COMPLETED", (state, (tmp_path / "worker.log").read_text())
-    assert (tmp_path / "release/release.json").is_file()
+    with s3_server():
+        credentials = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        with process(tmp_path / "worker.log", PREFECT, *worker, **environment, **credentials):
+            run_id = start(client, deployed, spec).raise_for_status().json()["id"]
+            state = wait_for("run", lambda: final_state(client, run_id), 240)
+        assert state["type"] == "COMPLETED", (state, (tmp_path / "worker.log").read_text())
+        (published,) = [place for place in s3().find(f"{BUCKET}/small") if place.endswith("release.json")]
+        assert verify_release(f"s3://{published.rpartition('/')[0]}") == []
     tasks = client.post("/task_runs/filter", json={"flow_runs": {"id": {"any_": [run_id]}}}).json()
     states = {task["name"].rpartition("-")[0]: task["state"]["name"] for task in tasks}
     assert states["publish"] == "Completed"

@@ -1,0 +1,95 @@
+"""`bridgeworks release` from the shell: the table, the second run, the plan after a change, the audit."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+from mlflow import MlflowClient
+from small_release import SECRETS, run
+
+from tasks.chain import CHAIN
+
+STEPS = [step.name for step in CHAIN]
+
+
+def release_of(spec: Path) -> Path:
+    (release,) = spec.parent.glob("releases/*")
+    return release
+
+
+def test_the_output_ends_with_a_table_and_two_lines(small_release: Path) -> None:
+    lines = small_release.with_name("output.txt").read_text().splitlines()
+    rows = {line.split()[0]: line.split() for line in lines[-len(STEPS) - 5 :] if line.split()[:1]}
+    assert [name for name in rows if name in STEPS] == STEPS
+    for name in STEPS:
+        _, seconds, _, verdict, artifact = rows[name]
+        assert float(seconds) >= 0
+        assert verdict == ("passed" if name in ("check_import", "verify") else "done")
+        assert (small_release.parent / artifact).is_dir() or Path(artifact).is_dir()
+    assert re.search(r"PREFECT_HOME=\S+ \S+prefect server start .*/runs/flow-run/[0-9a-f-]{36}$", lines[-2])
+    assert re.search(
+        r"mlflow server --backend-store-uri sqlite:\S+ .*/#/experiments/\d+/runs/[0-9a-f]{32}$", lines[-1]
+    )
+
+
+def test_a_second_run_does_no_work_and_says_so(small_release: Path) -> None:
+    started = time.monotonic()
+    again = run("release", small_release)
+    assert time.monotonic() - started < 10
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("reused") == len(STEPS)
+    first = small_release.with_name("output.txt").read_text().splitlines()
+    assert again.stdout.splitlines()[-1] == first[-1]
+
+
+def test_a_second_run_for_scripts(small_release: Path) -> None:
+    result = json.loads(run("release", small_release, "--json").stdout)
+    assert [step["action"] for step in result["steps"]] == ["reuse"] * len(STEPS)
+    assert Path(result["release"]["address"]) == release_of(small_release)
+
+
+def test_a_change_of_the_recipe_runs_again_from_training_on(small_release: Path) -> None:
+    change = "train.overrides.optimizer.lr=0.02"
+    plan = json.loads(run("plan", small_release, "--set", change, "--json").stdout)
+    actions = {step["step"]: step for step in plan}
+    assert [name for name in STEPS if actions[name]["action"] == "run"] == STEPS[STEPS.index("train") :]
+    assert "optimizer.lr 0.01 -> 0.02" in actions["train"]["reason"]
+
+
+def test_a_taken_destination_is_refused_before_any_work(small_release: Path) -> None:
+    changes = (
+        "--set",
+        f"publish.destination={release_of(small_release)}",
+        "--set",
+        "train.overrides.rng.seed=1",
+    )
+    refused = run("release", small_release, *changes)
+    assert refused.returncode == 2
+    assert "never overwritten" in refused.stderr
+
+
+def test_audit(small_release: Path) -> None:
+    release = release_of(small_release)
+    verified = run("audit", "verify", release)
+    assert verified.returncode == 0, verified.stdout
+    shown = run("audit", "show", release).stdout
+    assert "verify.logits" in shown
+    assert run("audit", "diff", release, release).stdout.startswith("no difference")
+
+
+def test_the_release_is_registered_by_reference(small_release: Path) -> None:
+    client = MlflowClient(f"sqlite:///{small_release.parent / 'mlflow.db'}")
+    version = client.get_model_version_by_alias("small", "latest")
+    release = json.loads((release_of(small_release) / "release.json").read_text())
+    assert version.tags["uri"] == str(release_of(small_release))
+    assert version.tags["digest"] == release["digest"]
+    run_id = release["identifiers"]["mlflow"]["run_id"]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert version.run_id == run_id
+
+
+def test_no_secret_is_written_anywhere(small_release: Path) -> None:
+    for path in small_release.parent.rglob("*"):
+        content = path.read_bytes() if path.is_file() else b""
+        assert not [name for name, value in SECRETS.items() if value.encode() in content], path
