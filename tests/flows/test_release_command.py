@@ -80,7 +80,7 @@ def test_audit(small_release: Path) -> None:
 
 def test_the_release_is_registered_by_reference(small_release: Path) -> None:
     client = MlflowClient(f"sqlite:///{small_release.parent / 'mlflow.db'}")
-    version = client.get_model_version_by_alias("small", "latest")
+    version = client.get_model_version_by_alias("small", "released")
     release = json.loads((release_of(small_release) / "release.json").read_text())
     assert version.tags["uri"] == str(release_of(small_release))
     assert version.tags["digest"] == release["digest"]
