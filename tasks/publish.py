@@ -61,9 +61,9 @@ def training_config(training: Artifact) -> dict[str, Any]:
 def gates(artifacts: Artifacts) -> dict[str, Any]:
     """Return the verdict of every gate of the run, by step and name."""
     return {
-        f"{step}.{gate['gate']}": gate
+        f"{step}.{name}": gate
         for step in ("check_import", "verify")
-        for gate in artifacts[step].output["gates"]
+        for name, gate in artifacts[step].output["gates"].items()
     }
 
 

@@ -66,11 +66,11 @@ def artifacts(tmp_path: Path) -> Artifacts:
     steps: list[tuple[str, Kind, Any, dict[str, Any], dict[str, Any]]] = [
         ("fetch", Kind.SOURCE, one_file("checkpoint/config.json"), {}, source),
         ("import", Kind.MEGATRON_CHECKPOINT, one_file("checkpoint/model.json"), {}, {}),
-        ("check_import", Kind.GATE_REPORT, one_file("report.json"), {}, {"gates": [GATE]}),
+        ("check_import", Kind.GATE_REPORT, one_file("report.json"), {}, {"gates": {"logits": GATE}}),
         ("build_dataset", Kind.DATASET, one_file("dataset/dataset.json"), {}, {"splits": splits}),
         ("train", Kind.TRAINING_RUN, trained, config, {}),
         ("export", Kind.HF_CHECKPOINT, exported, {}, {}),
-        ("verify", Kind.GATE_REPORT, one_file("report.json"), {}, {"gates": [GATE]}),
+        ("verify", Kind.GATE_REPORT, one_file("report.json"), {}, {"gates": {"logits": GATE}}),
     ]
     made = {}
     for name, kind, fill, settings, output in steps:
