@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def process(log: Path, *command: str, **environment: str) -> Iterator[None]:
         try:
             started.wait(20)
         finally:
-            subprocess.run(["kill", "-KILL", f"-{started.pid}"], check=False, stderr=subprocess.DEVNULL)
+            with suppress(ProcessLookupError):
+                os.killpg(started.pid, signal.SIGKILL)
 
 
 def wait_for(what: str, ready: Any, seconds: float) -> Any:
