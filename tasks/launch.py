@@ -102,6 +102,8 @@ def _command(module: str, job_file: Path, num_processes: int) -> list[str]:
         return [sys.executable, *job]
     # No restarts by torchrun: the flow starts the whole job again, from its last complete checkpoint.
     options = ["--standalone", f"--nproc-per-node={num_processes}", "--max-restarts=0"]
+    # torchrun's own place for its notes would be a new folder in /tmp for every job
+    options += [f"--log-dir={job_file.with_name('torchrun')}"]
     return [sys.executable, "-m", "torch.distributed.run", *options, *job]
 
 

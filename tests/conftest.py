@@ -1,5 +1,6 @@
 """What the whole suite needs: a Prefect of its own, and no word to anybody outside."""
 
+import atexit
 import os
 import shutil
 import tempfile
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+PREFECT_HOME = tempfile.mkdtemp(prefix="prefect-")
+atexit.register(shutil.rmtree, PREFECT_HOME, ignore_errors=True)
 # read when Prefect and MLflow are first imported
 os.environ |= {
-    "PREFECT_HOME": tempfile.mkdtemp(prefix="prefect-"),
+    "PREFECT_HOME": PREFECT_HOME,
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "DO_NOT_TRACK": "1",
