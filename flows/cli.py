@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -18,6 +19,14 @@ app = typer.Typer(
 )
 audit = typer.Typer(help="Check a release, show it, or compare two.", rich_markup_mode="markdown")
 app.add_typer(audit, name="audit")
+
+
+class Gate(StrEnum):
+    """The gates of `compare`."""
+
+    TENSORS = "tensors"
+    LOGITS = "logits"
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead, for scripts.")]
 Set = Annotated[
@@ -166,7 +175,7 @@ def compare(
     prompts: Annotated[Path | None, typer.Option(help="JSON file: a list of lists of token ids.")] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Random prompts, without --prompts.")] = 4,
     prompt_length: Annotated[int, typer.Option(min=2, help="Tokens of each random prompt.")] = 64,
-    logits_only: Annotated[bool, typer.Option(help="Leave out the comparison of every tensor.")] = False,
+    only: Annotated[Gate | None, typer.Option(help="Leave out the other gate; tensors need no job.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the verdicts to this JSON file.")] = None,
     json: Json = False,
 ) -> None:
@@ -183,7 +192,9 @@ def compare(
         "num_prompts": num_prompts,
         "prompt_length": prompt_length,
     }
-    comparison.compare(a, b, {**layout, **settings}, tensors=not logits_only, report=report, as_json=json)
+    comparison.compare(
+        a, b, {**layout, **settings}, gates={only} if only else set(Gate), report=report, as_json=json
+    )
 
 
 @app.command()

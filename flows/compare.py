@@ -17,7 +17,7 @@ from tasks.launch import launch
 
 
 def compare(
-    a: Path, b: Path, settings: dict[str, Any], *, tensors: bool, report: Path | None, as_json: bool
+    a: Path, b: Path, settings: dict[str, Any], *, gates: set[str], report: Path | None, as_json: bool
 ) -> None:
     """Run the gates, show their verdicts and end with exit code 1 if one failed."""
     a, b = a.absolute(), b.absolute()
@@ -25,8 +25,11 @@ def compare(
     for end in (a, b):
         check_end(end)
     with tempfile.TemporaryDirectory(prefix="bridgeworks-compare-") as folder:
-        verdicts = [check_digests(a, b, Path(folder) / "ledger.csv")] if tensors else []
-        verdicts.append(check_logits(a, b, settings, Path(folder)))
+        verdicts = []
+        if "tensors" in gates:
+            verdicts.append(check_digests(a, b, Path(folder) / "ledger.csv", "tensors"))
+        if "logits" in gates:
+            verdicts.append(check_logits(a, b, settings, Path(folder)))
     result = {"passed": all(each["passed"] for each in verdicts), "a": str(a), "b": str(b), "gates": verdicts}
     if report:
         write_json(report.absolute(), result)
