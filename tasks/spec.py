@@ -147,7 +147,7 @@ class PublishSpec(Section):
     """Where the release goes and under which name it is registered."""
 
     destination: str = Field(min_length=1)
-    """A folder or an s3:// address that does not exist yet, or holds an earlier release of the same spec."""
+    """A new folder or s3:// prefix; {name} and {digest} may stand in it, so that each release has its own."""
     registered_model: str | None = None
     """Name in MLflow's model registry; none takes the release's name."""
     alias: str = Field(default="released", pattern=r"^[a-z][a-z0-9_-]*$")
