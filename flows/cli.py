@@ -72,7 +72,7 @@ def show_help(context: typer.Context) -> None:
 @app.command()
 def demo(
     workspace: Annotated[Path, typer.Option(help="Folder for the artifacts, logs and the spec.")] = Path(
-        "demo"
+        "work"
     ),
     changes: Set = None,
 ) -> None:

@@ -17,7 +17,8 @@ def prepare_prefect(workspace: Path) -> None:
     # on a busy machine a first start with its migrations takes longer than Prefect's 20 seconds
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-    # the command shows the steps itself; the records still reach Prefect's pages
+    # the command shows the steps itself; the records still reach the pages
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
