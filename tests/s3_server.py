@@ -30,6 +30,8 @@ def s3_server() -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        # file systems are kept by their arguments, and an earlier server's were the same
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         yield endpoint
     server.stop()
