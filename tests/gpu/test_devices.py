@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bridge.importer import import_checkpoint
 from checkpoints import make_hf_checkpoint
 
+from bridge.exporter import export_checkpoint
 from bridge.families import families
+from bridge.importer import import_checkpoint
+from bridge.ledger import compare_ledgers, ledger
+from bridge.megatron_checkpoint import read_model
+from recipes.continued_pretraining import continued_pretrain_config
+from training.metrics import read_metrics
+from training.overrides import apply_overrides
 
 pytestmark = pytest.mark.gpu
 
@@ -64,3 +70,90 @@ def test_import_agrees_under_transformer_engine(
     report = run_job("bridge.compare_logits", config, tmp_path / "job")
     print(family, dtype, report["gate"])
     assert report["gate"]["passed"], report["gate"]["failures"]
+
+
+SAMPLES = "".join(f"def function_{n}(value):\n    return value * {n} + {n % 7}\n\n\n" for n in range(4000))
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a source checkpoint with its tokenizer, its import and a dataset."""
+    root = tmp_path_factory.mktemp("small")
+    (root / "text").mkdir()
+    for number in range(40):
+        (root / "text" / f"{number}.py").write_text(SAMPLES[number * 5000 : (number + 1) * 5000])
+    names = ("source", "megatron", "dataset")
+    paths = {name: root / name for name in names}
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    make = {
+        "output": str(paths["source"]),
+        "corpus": [str(root / "text")],
+        "vocab_size": 300,
+        "config": sizes,
+    }
+    run_job("training.make_checkpoint", make, root / "make")
+    import_checkpoint(paths["source"], paths["megatron"])
+    build = {
+        "inputs": [str(root / "text")],
+        "tokenizer": str(paths["source"]),
+        "output": str(paths["dataset"]),
+        "split": [0.8, 0.1, 0.1],
+    }
+    run_job("training.build_dataset", build, root / "build")
+    return paths
+
+
+def training_job(small_model: dict[str, Path], folder: Path, train_iters: int) -> dict[str, Any]:
+    config = continued_pretrain_config()
+    config.model = read_model(small_model["megatron"])
+    overrides = {
+        "train.train_iters": train_iters,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 2,
+        "scheduler.lr_decay_iters": 20,
+        "scheduler.lr_warmup_iters": 2,
+        "optimizer.lr": 1e-3,
+        "model.seq_length": 128,
+        "dataset.paths": [str(small_model["dataset"])],
+    }
+    apply_overrides(config, overrides)
+    return {
+        "config": config.to_dict(),
+        "load": str(small_model["megatron"]),
+        "output": str(folder / "checkpoints"),
+        "metrics": str(folder / "metrics.jsonl"),
+    }
+
+
+@pytest.mark.parametrize("gpu_first", [True, False])
+def test_a_run_goes_on_on_the_other_device(
+    gpu_first: bool, small_model: dict[str, Path], tmp_path: Path
+) -> None:
+    """Twenty iterations, ten on each kind of device, end where twenty on the GPU do; both directions."""
+    halves, whole = tmp_path / "halves", tmp_path / "whole"
+    run_job("training.pretrain", training_job(small_model, halves, 10), halves / "a", gpu=gpu_first)
+    run_job("training.pretrain", training_job(small_model, halves, 20), halves / "b", gpu=not gpu_first)
+    run_job("training.pretrain", training_job(small_model, whole, 20), whole / "job")
+    losses = {
+        line["iteration"]: line["loss"] for line in read_metrics(halves / "metrics.jsonl") if "loss" in line
+    }
+    expected = {
+        line["iteration"]: line["loss"] for line in read_metrics(whole / "metrics.jsonl") if "loss" in line
+    }
+    print("halves", losses)
+    print("whole", expected)
+    assert sorted(losses) == list(range(1, 21))
+    assert losses[20] < losses[1] - 0.5
+    assert max(abs(losses[n] - expected[n]) for n in losses) < 0.05  # bf16 on two kinds of hardware
+
+
+def test_a_gpu_checkpoint_exports_and_agrees(small_model: dict[str, Path], tmp_path: Path) -> None:
+    run_job("training.pretrain", training_job(small_model, tmp_path, 10), tmp_path / "train")
+    export_checkpoint(tmp_path / "checkpoints", tmp_path / "hf")
+    assert compare_ledgers(ledger(tmp_path / "checkpoints"), ledger(tmp_path / "hf")).passed
+    config = {"a": str(tmp_path / "hf"), "b": str(tmp_path / "checkpoints"), "dtype": "float32"}
+    config["table"] = str(tmp_path / "table.jsonl")
+    for gpu in (True, False):
+        report = run_job("bridge.compare_logits", config, tmp_path / f"compare-{gpu}", gpu=gpu)
+        print(report["gate"])
+        assert report["gate"]["passed"], report["gate"]["failures"]
