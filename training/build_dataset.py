@@ -40,7 +40,7 @@ def build_dataset(corpus: Corpus, tokenizer_path: str, output: Path, split: list
         writers[split_of[_digest(document)]].add(tokens)
         if number % 1000 == 0:
             print(f"tokenised {number} documents", flush=True)
-    record = {
+    record: dict[str, Any] = {
         "splits": {name: writer.finish() for name, writer in writers.items()},
         "tokenizer": _fingerprint(Path(tokenizer_path)),
         "vocab_size": len(tokenizer),

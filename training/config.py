@@ -59,6 +59,7 @@ class DatasetConfig:
     eod_mask_loss: bool = False
     # where Megatron keeps its sample indices; None: below the checkpoint folder
     path_to_cache: str | None = None
+    num_workers: int = 0
 
 
 @dataclass
@@ -82,11 +83,9 @@ class CheckpointConfig:
 
 @dataclass
 class DistributedDataParallelConfig:
-    """Megatron Core's config of the same name, as far as a run decides it."""
+    """Megatron Core's config of the same name, as far as a run decides it; its optimizer is distributed."""
 
-    use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
     check_for_nan_in_grad: bool = True
     bucket_size: int | None = None
 
@@ -105,9 +104,10 @@ class MixedPrecisionConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where the metrics of each iteration go."""
+    """Where the metrics of every iteration go, and every how many iterations a line is printed."""
 
     metrics_path: str | None = None
+    log_interval: int = 10
 
 
 @dataclass
@@ -193,6 +193,7 @@ class ConfigContainer:
             ("train.eval_interval", self.train.eval_interval),
             ("checkpoint.save_interval", self.checkpoint.save_interval),
             ("checkpoint.most_recent_k", self.checkpoint.most_recent_k),
+            ("logger.log_interval", self.logger.log_interval),
         ):
             if interval is not None and interval < 1:
                 raise ConfigError(f"{name} is {interval}: give 1 or more, or null")
@@ -220,8 +221,6 @@ class ConfigContainer:
         weights, paths = self.dataset.weights, self.dataset.paths
         if weights is not None and len(weights) != len(paths):
             raise ConfigError(f"dataset.weights has {len(weights)} numbers for {len(paths)} dataset.paths")
-        if self.ddp.overlap_param_gather and not self.ddp.use_distributed_optimizer:
-            raise ConfigError("ddp.overlap_param_gather needs ddp.use_distributed_optimizer")
 
     def _check_interleaving(self, num_microbatches: int) -> None:
         pipeline = self.model.pipeline_model_parallel_size

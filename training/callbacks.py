@@ -1,0 +1,149 @@
+"""What happens around the iterations of a run: metrics, validation, stopping, checkpoints."""
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+from bridge.distributed import device
+from training import checkpoint
+from training.metrics import append_metrics, close_torn_line
+from training.pipeline import run_batch
+from training.setup import Run, iterators
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one iteration came to, known to every rank; `loss` is the mean over its tokens."""
+
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+
+class Callback:
+    """Does something before the first iteration and after each one, on every rank."""
+
+    def before_training(self, run: Run) -> None:
+        """Prepare; the run has been loaded."""
+
+    def after_step(self, run: Run, step: Step) -> None:
+        """Look at the iteration that has just ended."""
+
+
+class MetricsLog(Callback):
+    """Appends a line for every iteration to the metrics file, and prints one now and then."""
+
+    def before_training(self, run: Run) -> None:
+        path = metrics_path(run)
+        if path is not None and path.is_file():
+            close_torn_line(path)
+            append_metrics(path, {"resumed_at": run.iteration})
+
+    def after_step(self, run: Run, step: Step) -> None:
+        line = metrics_of(run, step)
+        if (path := metrics_path(run)) is not None:
+            append_metrics(path, line)
+        if run.is_first_rank and is_due(run, run.config.logger.log_interval):
+            print(
+                f"iteration {run.iteration}/{run.config.train.train_iters}: loss {step.loss:.4f},"
+                f" learning rate {step.learning_rate:.2e}, gradient norm {step.grad_norm:.3f},"
+                f" {line['tokens_per_second']:.0f} tokens/s",
+                flush=True,
+            )
+
+
+class Validation(Callback):
+    """Measures the loss on held-out text, on the same samples every time."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def after_step(self, run: Run, step: Step) -> None:
+        if not is_due(run, run.config.train.eval_interval):
+            return
+        loss = validation_loss(run, self.dataset)
+        if (path := metrics_path(run)) is not None:
+            append_metrics(path, {"iteration": run.iteration, "validation_loss": loss})
+        if run.is_first_rank:
+            print(f"iteration {run.iteration}: validation loss {loss:.4f}", flush=True)
+
+
+class StopOnSignal(Callback):
+    """Ends the run after the iteration in which any rank got SIGTERM."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def before_training(self, run: Run) -> None:
+        signal.signal(signal.SIGTERM, self.note)
+
+    def note(self, number: int, frame: Any) -> None:
+        self.received = True
+
+    def after_step(self, run: Run, step: Step) -> None:
+        received = torch.tensor(int(self.received), device=device())
+        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+        run.should_stop = bool(received.item())
+
+
+class Checkpoints(Callback):
+    """Saves at intervals, at the end and before the run stops."""
+
+    def after_step(self, run: Run, step: Step) -> None:
+        if run.config.checkpoint.save is None:
+            return
+        if run.should_stop or is_due(run, run.config.checkpoint.save_interval):
+            folder = checkpoint.save(run)
+            if run.is_first_rank:
+                print(f"iteration {run.iteration}: saved {folder}", flush=True)
+
+
+def is_due(run: Run, interval: int | None) -> bool:
+    """Say whether something that happens every `interval` iterations, and at the end, happens now."""
+    at_end = run.iteration == run.config.train.train_iters
+    return at_end or (interval is not None and run.iteration % interval == 0)
+
+
+def metrics_path(run: Run) -> Path | None:
+    """Return the metrics file on the one rank that writes it."""
+    path = run.config.logger.metrics_path
+    return Path(path) if path is not None and run.is_first_rank else None
+
+
+def metrics_of(run: Run, step: Step) -> dict[str, Any]:
+    train = run.config.train
+    return {
+        "iteration": run.iteration,
+        "train_iters": train.train_iters,
+        "loss": step.loss,
+        "learning_rate": step.learning_rate,
+        "grad_norm": step.grad_norm,
+        "seconds": step.seconds,
+        "tokens_per_second": train.global_batch_size * run.config.model.seq_length / step.seconds,
+        "consumed_samples": run.consumed_samples,
+    }
+
+
+@torch.no_grad()
+def validation_loss(run: Run, dataset: Any) -> float:
+    """Return the mean loss over the first `eval_iters` global batches of `dataset`."""
+    train = run.config.train
+    for chunk in run.model:
+        chunk.eval()
+    total, num_tokens = run_batch(
+        run.forward_step,
+        run.model,
+        iterators(run, dataset, consumed_samples=0),
+        num_microbatches=get_num_microbatches() * train.eval_iters,
+        micro_batch_size=train.micro_batch_size,
+        seq_length=run.config.model.seq_length,
+        forward_only=True,
+    )
+    for chunk in run.model:
+        chunk.train()
+    return total / num_tokens

@@ -1,0 +1,48 @@
+"""One batch through a sharded model, by Megatron's pipeline schedules."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from bridge.distributed import device
+from training.data import Batch
+from training.setup import ForwardStep
+
+
+def run_batch(
+    forward_step: ForwardStep,
+    model: list[Any],
+    data_iterators: list[Iterator[Batch]],
+    *,
+    num_microbatches: int,
+    micro_batch_size: int,
+    seq_length: int,
+    forward_only: bool,
+) -> tuple[float, int]:
+    """Run micro-batches forward, and backward unless `forward_only`; every rank of the job takes part.
+
+    Returns the sum of the losses and the number of tokens over all ranks.
+    """
+    alone = len(model) == 1
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=data_iterators[0] if alone else data_iterators,
+        model=model[0] if alone else model,
+        num_microbatches=num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+    )
+    # only the last pipeline stage has results
+    sums = torch.zeros(2, dtype=torch.float64, device=device())
+    for result in results:
+        sums += torch.stack([result["loss"].double(), result["num_tokens"].double()])
+    for group in (
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+        parallel_state.get_pipeline_model_parallel_group(),
+    ):
+        torch.distributed.all_reduce(sums, group=group)
+    return sums[0].item(), int(sums[1].item())

@@ -1,0 +1,112 @@
+"""The training loop, and the job that runs it.
+
+A run that finds complete checkpoints of its own goes on from the last one. What happens around the loop is in
+callbacks.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+
+from bridge import distributed
+from bridge.job import write_json
+from training import checkpoint, gpt_step
+from training.callbacks import Callback, Checkpoints, MetricsLog, Step, StopOnSignal, Validation
+from training.config import ConfigContainer
+from training.data import SAMPLE_INDICES, Batch
+from training.pipeline import run_batch
+from training.setup import ForwardStep, Run, build_data, iterators, set_up
+
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again and it goes on
+
+
+def main(config: dict[str, Any]) -> dict[str, Any]:
+    """Run the job: train as `config["config"]` says, from the weights in "load", into the folder "output".
+
+    A run that was told to stop saves and exits with EXIT_STOPPED; its report says so too.
+    """
+    container = ConfigContainer.from_dict(config["config"])
+    container.checkpoint.save = config["output"]
+    container.checkpoint.pretrained_checkpoint = config.get("load")
+    container.logger.metrics_path = config.get("metrics")
+    report = pretrain(container, gpt_step.forward_step)
+    distributed.finalize()
+    if report["stopped"]:
+        if os.environ.get("RANK", "0") == "0":
+            write_json(Path(config["report"]), report)
+        sys.exit(EXIT_STOPPED)
+    return report
+
+
+def pretrain(config: ConfigContainer, forward_step: ForwardStep = gpt_step.forward_step) -> dict[str, Any]:
+    """Train until `train_iters` or SIGTERM, in every rank of a torchrun job; return how it ended."""
+    started = time.monotonic()
+    prepare(config)
+    run = set_up(config, forward_step)
+    datasets = build_data(run)
+    checkpoint.start_or_resume(run)
+    validation = [Validation(datasets["valid"])] if "valid" in datasets else []
+    callbacks = [MetricsLog(), *validation, StopOnSignal(), Checkpoints()]
+    loss = train(run, iterators(run, datasets["train"], run.consumed_samples), callbacks)
+    return {
+        "iteration": run.iteration,
+        "train_iters": config.train.train_iters,
+        "consumed_samples": run.consumed_samples,
+        "loss": loss,
+        "stopped": run.iteration < config.train.train_iters,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def prepare(config: ConfigContainer) -> None:
+    """Check the config before any process group exists, and fill what follows from this job."""
+    started = torch.distributed.is_initialized()
+    config.validate(torch.distributed.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1")))
+    if config.dataset.path_to_cache is None and config.checkpoint.save is not None:
+        config.dataset.path_to_cache = str(Path(config.checkpoint.save) / SAMPLE_INDICES)
+
+
+def train(run: Run, data_iterators: list[Iterator[Batch]], callbacks: Sequence[Callback]) -> float | None:
+    """Run the iterations that remain; return the last one's loss."""
+    loss = None
+    for callback in callbacks:
+        callback.before_training(run)
+    while run.iteration < run.config.train.train_iters and not run.should_stop:
+        step = train_step(run, data_iterators)
+        for callback in callbacks:
+            callback.after_step(run, step)
+        loss = step.loss
+    return loss
+
+
+def train_step(run: Run, data_iterators: list[Iterator[Batch]]) -> Step:
+    """Run one iteration: the gradients of a global batch, one update, one step of the schedule."""
+    started = time.monotonic()
+    zero_gradients(run)
+    loss, num_tokens = run_batch(
+        run.forward_step,
+        run.model,
+        data_iterators,
+        num_microbatches=get_num_microbatches(),
+        micro_batch_size=run.config.train.micro_batch_size,
+        seq_length=run.config.model.seq_length,
+        forward_only=False,
+    )
+    learning_rate = run.optimizer.param_groups[0]["lr"]
+    _, grad_norm, _ = run.optimizer.step()
+    run.scheduler.step(increment=run.config.train.global_batch_size)
+    run.iteration += 1
+    run.consumed_samples += run.config.train.global_batch_size
+    return Step(loss / num_tokens, learning_rate, float(grad_norm), time.monotonic() - started)
+
+
+def zero_gradients(run: Run) -> None:
+    for chunk in run.model:
+        chunk.zero_grad_buffer()
+    run.optimizer.zero_grad()

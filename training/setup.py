@@ -1,0 +1,169 @@
+"""Everything that a run consists of, built from its config: model, optimizer, schedule and data."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import num_microbatches_calculator, parallel_state
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from bridge import distributed, model
+from training import data
+from training.config import ConfigContainer
+
+ForwardStep = Callable[[Iterator[data.Batch], torch.nn.Module], tuple[torch.Tensor, Callable]]
+
+
+@dataclass
+class Run:
+    """A run in progress: its parts, and how far it has come."""
+
+    config: ConfigContainer
+    forward_step: ForwardStep
+    model: list[Any]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    iteration: int = 0
+    consumed_samples: int = 0
+    # the checkpoint that the weights came from: it describes the model and has the files that go with it
+    source: Path | None = None
+    should_stop: bool = False
+
+    @property
+    def is_first_rank(self) -> bool:
+        return torch.distributed.get_rank() == 0
+
+
+def set_up(config: ConfigContainer, forward_step: ForwardStep) -> Run:
+    """Make this process a rank of the run that `config` describes, at its iteration 0."""
+    # it warns at every start that it is off
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    set_determinism(config)
+    distributed.initialize(config.model, config.rng.seed)
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    num_microbatches_calculator.init_num_microbatches_calculator(
+        rank=torch.distributed.get_rank(),
+        rampup_batch_size=None,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    chunks = build_model(config)
+    optimizer = build_optimizer(config, chunks)
+    return Run(config, forward_step, chunks, optimizer, build_scheduler(config, optimizer))
+
+
+def set_determinism(config: ConfigContainer) -> None:
+    """Let torch use only operations that give the same bits every time, if the config says so."""
+    if config.train.deterministic_mode is None:
+        config.train.deterministic_mode = not torch.cuda.is_available()
+    if config.train.deterministic_mode:
+        # read by cuBLAS, NCCL and Transformer Engine when they start
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def build_model(config: ConfigContainer) -> list[Any]:
+    """Build this rank's model chunks, wrapped in Megatron's data parallelism."""
+    settings = model.transformer_config(config.model)
+    settings.deterministic_mode = bool(config.train.deterministic_mode)
+    # the mean is over the tokens of the whole batch, however they are spread over ranks and micro-batches
+    settings.calculate_per_token_loss = True
+    settings.finalize_model_grads_func = finalize_model_grads
+    stages = config.model.virtual_pipeline_model_parallel_size
+    chunks = [
+        model.on_device(model.provide(config.model, vp_stage=stage, config=settings), settings)
+        for stage in (range(stages) if stages else [None])
+    ]
+    wrapped = model.wrap(chunks, settings, ddp_config(config))
+    if config.ddp.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        settings.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
+
+
+def ddp_config(config: ConfigContainer) -> DistributedDataParallelConfig:
+    """Return Megatron's config of its data parallelism."""
+    return DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=config.ddp.overlap_grad_reduce,
+        check_for_nan_in_grad=config.ddp.check_for_nan_in_grad,
+        bucket_size=config.ddp.bucket_size,
+        grad_reduce_in_fp32=config.mixed_precision.grad_reduce_in_fp32,
+    )
+
+
+def build_optimizer(config: ConfigContainer, chunks: list[Any]) -> MegatronOptimizer:
+    """Build Megatron's distributed Adam, with fp32 master weights where the model has 16 bits."""
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        weight_decay=config.optimizer.weight_decay,
+        adam_beta1=config.optimizer.adam_beta1,
+        adam_beta2=config.optimizer.adam_beta2,
+        adam_eps=config.optimizer.adam_eps,
+        clip_grad=config.optimizer.clip_grad,
+        bf16=config.mixed_precision.bf16,
+        params_dtype=getattr(torch, config.model.params_dtype),
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(settings, chunks)
+    for chunk in chunks:
+        chunk.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def build_scheduler(config: ConfigContainer, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Build Megatron's schedule, which counts in samples."""
+    scheduler, samples = config.scheduler, config.train.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=scheduler.lr_warmup_init,
+        max_lr=config.optimizer.lr,
+        min_lr=config.optimizer.min_lr,
+        lr_warmup_steps=scheduler.lr_warmup_iters * samples,
+        lr_decay_steps=(scheduler.lr_decay_iters or config.train.train_iters) * samples,
+        lr_decay_style=scheduler.lr_decay_style,
+        start_wd=config.optimizer.weight_decay,
+        end_wd=config.optimizer.weight_decay,
+        wd_incr_steps=config.train.train_iters * samples,
+        wd_incr_style="constant",
+        # a resumed run follows its config, the only place that says how it should go on
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+        wsd_decay_steps=(scheduler.lr_wsd_decay_iters or 0) * samples,
+        lr_wsd_decay_style=scheduler.lr_wsd_decay_style,
+    )
+
+
+def build_data(run: Run) -> dict[str, Any]:
+    """Build the datasets of the run: what it trains on, and what it validates with if it does."""
+    train = run.config.train
+    sizes: dict[str, int | None] = {"train": train.train_iters * train.global_batch_size}
+    if train.eval_interval is not None:
+        sizes["valid"] = train.eval_iters * train.global_batch_size
+    provider = run.config.model
+    return data.build_datasets(run.config.dataset, sizes, provider.seq_length, provider.vocab_size)
+
+
+def iterators(run: Run, dataset: Any, consumed_samples: int) -> list[Iterator[data.Batch]]:
+    """Return one iterator over the same micro-batches for each of this rank's model chunks."""
+    return [
+        data.batches(
+            dataset,
+            consumed_samples=consumed_samples,
+            micro_batch_size=run.config.train.micro_batch_size,
+            num_workers=run.config.dataset.num_workers,
+        )
+        for _ in run.model
+    ]
