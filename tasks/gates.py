@@ -76,7 +76,13 @@ def check_loss(
     before: Path, after: Path, dataset: Path, seq_length: int, check: CheckSpec, context: StepContext
 ) -> Verdict:
     """Compare the loss of two checkpoints on text that neither was trained on."""
-    job = {"dataset": str(dataset), "seq_length": seq_length, "num_batches": check.loss_batches}
+    job = {
+        "dataset": str(dataset),
+        "seq_length": seq_length,
+        "num_batches": check.loss_batches,
+        # Megatron's own default is the dataset's folder, which is sealed
+        "path_to_cache": str(context.folder / "sample_indices"),
+    }
     losses = {}
     for name, checkpoint in (("loss_before", before), ("loss_after", after)):
         report = context.launch(

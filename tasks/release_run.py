@@ -91,7 +91,7 @@ class ReleaseRun:
         numbers = {
             name: value for name, value in flatten(artifact.output).items() if type(value) in (int, float)
         }
-        context.run.log_metrics([Metric(name, value, 0, now) for name, value in numbers.items()])
+        context.run.log_metrics([Metric(f"output.{name}", value, 0, now) for name, value in numbers.items()])
         context.run.set_tags(
             {
                 "artifact.path": artifact.path,

@@ -1,6 +1,7 @@
 """The step that trains the imported checkpoint on, going on from the last complete checkpoint."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepCo
     config = resolved_config(spec.train, read_model(artifacts["import"].payload))
     context.run.log_params(flatten(config.to_dict()))
     config.dataset.paths = [str(artifacts["build_dataset"].payload)]
+    # what Megatron works out about its samples is no part of the result
+    indices = folder / "sample_indices"
+    config.dataset.path_to_cache = str(indices)
     config.tokenizer.tokenizer_model = str(artifacts["fetch"].payload)
     metrics = folder / METRICS_FILE
     job = {
@@ -52,6 +56,7 @@ def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepCo
         )
     finally:
         follower.deliver()
+    shutil.rmtree(indices)
     return {**report, **check_metrics(metrics)}
 
 
