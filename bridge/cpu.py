@@ -125,6 +125,23 @@ def allow_norms_in_sequence_parallel() -> None:
     WrappedTorchNorm.__new__ = staticmethod(build)
 
 
+def keep_transformer_engine_out() -> None:
+    """transformer_block.py, optimizer.py and clip_grads.py take Transformer Engine wherever it is installed.
+
+    Its final norm and multi-tensor kernels are for CUDA only, and a machine may have it while its GPUs are hidden.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    transformer_block.LayerNormImpl = WrappedTorchNorm
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+
+
 def fork_result_queue() -> None:
     """dist_checkpointing/strategies/filesystem_async.py spawns a process for a queue at the first save.
 
@@ -160,6 +177,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     report_cuda_types,
     use_cpu_generator,
     allow_norms_in_sequence_parallel,
+    keep_transformer_engine_out,
     fork_result_queue,
     use_cpu_adam,
 )
