@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import json
 import types
 import typing
@@ -17,10 +18,10 @@ def apply_overrides(config: ConfigContainer, overrides: Mapping[str, Any] | Iter
 
     The values of strings are read as JSON, and as plain text where the field is one.
     """
-    named = overrides if isinstance(overrides, Mapping) else dict(map(_split, overrides))
-    for name, value in named.items():
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_split, overrides)
+    for name, value in pairs:
         section, field = _field(config, name)
-        setattr(section, field.name, _checked(name, value, typing.get_type_hints(type(section))[field.name]))
+        setattr(section, field, _checked(name, value, typing.get_type_hints(type(section))[field]))
     return config
 
 
@@ -30,34 +31,53 @@ def override_names(config: ConfigContainer) -> list[str]:
     return [f"{name}.{f.name}" for name in sections for f in dataclasses.fields(getattr(config, name))]
 
 
-def _split(assignment: str) -> tuple[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Written:
+    """A value as it was typed."""
+
+    text: str
+
+    def readings(self) -> list[Any]:
+        try:
+            return [json.loads(self.text), self.text]
+        except ValueError:
+            return [self.text]
+
+
+def _split(assignment: str) -> tuple[str, _Written]:
     name, equals, text = assignment.partition("=")
     if not equals:
         raise ConfigError(f"override {assignment!r} has no '=': write section.field=value")
-    try:
-        return name.strip(), json.loads(text)
-    except ValueError:
-        return name.strip(), text
+    return name.strip(), _Written(text)
 
 
-def _field(config: ConfigContainer, name: str) -> tuple[Any, dataclasses.Field]:
-    section_name, _, field_name = name.partition(".")
+def _field(config: ConfigContainer, name: str) -> tuple[Any, str]:
     names = override_names(config)
     if name not in names:
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        nearest = max(names, key=lambda known: _likeness(known, name))
         raise ConfigError(f"no setting is called {name!r}: did you mean {nearest!r}?")
-    section = getattr(config, section_name)
-    return section, next(f for f in dataclasses.fields(section) if f.name == field_name)
+    section, _, field = name.partition(".")
+    return getattr(config, section), field
+
+
+def _likeness(known: str, name: str) -> tuple[float, float]:
+    """Compare the fields first: people mistake or forget a section more easily."""
+    (section, _, field), (given_section, _, given_field) = known.rpartition("."), name.rpartition(".")
+    return (
+        difflib.SequenceMatcher(None, field, given_field).ratio(),
+        difflib.SequenceMatcher(None, section, given_section).ratio(),
+    )
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
     """Return `value` as the type that `hint` names (an int is a float, a list is a tuple), or raise."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if _fits(value, option):
-            return _converted(value, option)
+    readings = value.readings() if isinstance(value, _Written) else [value]
+    for reading, option in itertools.product(readings, options):
+        if _fits(reading, option):
+            return _converted(reading, option)
     shown = " or ".join("null" if option is type(None) else _shown(option) for option in options)
-    raise ConfigError(f"{name} is {json.dumps(value, default=str)}: expected {shown}")
+    raise ConfigError(f"{name} is {json.dumps(readings[0], default=str)}: expected {shown}")
 
 
 def _fits(value: Any, option: Any) -> bool:

@@ -1,0 +1,61 @@
+import subprocess
+import sys
+
+import pytest
+
+from bridge.errors import ConfigError
+from recipes.registry import all_recipes, recipe_named
+
+# billions of parameters as the models' cards say
+SIZES = {
+    "llama2_7b": 6.74,
+    "llama3_8b": 8.03,
+    "llama31_70b": 70.6,
+    "llama31_405b": 406,
+    "llama32_1b": 1.24,
+    "llama32_3b": 3.21,
+    "mistral_7b": 7.25,
+    "qwen2_500m": 0.494,
+    "qwen2_7b": 7.62,
+    "qwen25_14b": 14.8,
+    "qwen25_32b": 32.8,
+    "qwen25_72b": 72.7,
+    "qwen3_600m": 0.596,
+    "qwen3_8b": 8.19,
+    "qwen3_32b": 32.8,
+}
+PRETRAINING = [name for name in all_recipes() if name != "continued_pretrain_config"]
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_recipe_is_complete_and_possible(name):
+    config = all_recipes()[name]()
+    assert config.validate(config.model.model_parallel_size * 2).model.hf_model_type
+
+
+@pytest.mark.parametrize(("model", "billions"), SIZES.items())
+def test_sizes_are_those_of_the_released_models(model, billions):
+    provider = all_recipes()[f"{model}_pretrain_config"]().model
+    heads, groups = provider.num_attention_heads, provider.num_query_groups
+    attention = provider.hidden_size * provider.kv_channels * (2 * heads + 2 * groups)
+    layer = attention + 3 * provider.hidden_size * provider.ffn_hidden_size
+    embeddings = 1 if provider.share_embeddings_and_output_weights else 2
+    total = provider.num_layers * layer + embeddings * provider.vocab_size * provider.hidden_size
+    assert total / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_recipes_do_not_share_what_one_changes():
+    one, other = (recipe_named("llama32_1b_pretrain_config")() for _ in range(2))
+    one.model.rope_parameters["factor"] = 1.0
+    one.train.train_iters = 1
+    assert other == recipe_named("llama32_1b_pretrain_config")()
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'llama32_1b_pretrain_config'"):
+        recipe_named("llama3.2_1b_pretrain_config")
+
+
+def test_recipes_load_no_torch():
+    code = "import sys; from recipes.registry import all_recipes; all_recipes(); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

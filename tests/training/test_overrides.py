@@ -1,0 +1,56 @@
+import pytest
+
+from bridge.errors import ConfigError
+from training.config import ConfigContainer
+from training.overrides import apply_overrides
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {
+            "train.train_iters": 20,
+            "optimizer.lr": 1,
+            "train.eval_interval": None,
+            "dataset.paths": ["1"],
+            "checkpoint.save": "7",
+        },
+        [
+            "train.train_iters=20",
+            "optimizer.lr=1",
+            "train.eval_interval=null",
+            'dataset.paths=["1"]',
+            "checkpoint.save=7",
+        ],
+    ],
+)
+def test_values_get_the_type_of_their_field(overrides):
+    config = apply_overrides(ConfigContainer(), overrides)
+    assert config.train.train_iters == 20
+    assert config.optimizer.lr == 1.0
+    assert isinstance(config.optimizer.lr, float)
+    assert config.train.eval_interval is None
+    assert config.dataset.paths == ["1"]
+    assert config.checkpoint.save == "7"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.train_itres=1", "did you mean 'train.train_iters'"),
+        ("trian.train_iters=1", "did you mean 'train.train_iters'"),
+        ("train_iters=1", "did you mean 'train.train_iters'"),
+        ("train.train_iters", "has no '='"),
+        ("train.train_iters=many", 'train.train_iters is "many": expected int'),
+        ("train.train_iters=1.5", "expected int"),
+        ("train.train_iters=true", "expected int"),
+        ("train.train_iters=null", "expected int"),
+        ("train.eval_interval=x", "expected int or null"),
+        ("mixed_precision.bf16=1", "expected bool"),
+        ("dataset.paths=a", r"expected list\[str\]"),
+        ("dataset.paths=[1]", r"expected list\[str\]"),
+    ],
+)
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(ConfigContainer(), [override])
