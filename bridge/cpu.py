@@ -128,7 +128,7 @@ def allow_norms_in_sequence_parallel() -> None:
 def keep_transformer_engine_out() -> None:
     """transformer_block.py, optimizer.py and clip_grads.py take Transformer Engine wherever it is installed.
 
-    Its final norm and multi-tensor kernels are for CUDA only, and a machine may have it while its GPUs are hidden.
+    Its final norm and multi-tensor kernels are for CUDA only, and a machine that has it may hide its GPUs.
     """
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer

@@ -144,7 +144,7 @@ def test_a_run_goes_on_on_the_other_device(
     print("whole", expected)
     assert sorted(losses) == list(range(1, 21))
     assert losses[20] < losses[1] - 0.5
-    assert max(abs(losses[n] - expected[n]) for n in losses) < 0.05  # bf16 on two kinds of hardware
+    assert max(abs(losses[n] - expected[n]) for n in losses) < 0.05  # seen: 0.002 on an H200 and its host
 
 
 def test_a_gpu_checkpoint_exports_and_agrees(small_model: dict[str, Path], tmp_path: Path) -> None:
