@@ -44,7 +44,7 @@ def s3() -> fsspec.AbstractFileSystem:
 
 @contextmanager
 def failing_proxy(endpoint: str, up_after: int) -> Iterator[str]:
-    """Forward to `endpoint` until `up_after` bytes have gone there, then refuse; yield the proxy's address."""
+    """Forward to `endpoint` until `up_after` bytes have gone there, then refuse; yield the address."""
     target = ("127.0.0.1", int(endpoint.rsplit(":", 1)[1]))
     left = [up_after]
     listener = socket.create_server(("127.0.0.1", 0))

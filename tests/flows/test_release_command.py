@@ -5,8 +5,9 @@ import re
 import time
 from pathlib import Path
 
+import pytest
 from mlflow import MlflowClient
-from small_release import SECRETS, run
+from small_release import OVERRIDES, SECRETS, run
 
 from tasks.chain import CHAIN
 
@@ -93,3 +94,19 @@ def test_no_secret_is_written_anywhere(small_release: Path) -> None:
     for path in small_release.parent.rglob("*"):
         content = path.read_bytes() if path.is_file() else b""
         assert not [name for name, value in SECRETS.items() if value.encode() in content], path
+
+
+@pytest.mark.slow
+def test_train_export_and_compare_by_hand(small_release: Path, tmp_path: Path) -> None:
+    (imported,) = small_release.parent.glob("store/import/*/checkpoint")
+    (dataset,) = small_release.parent.glob("store/build_dataset/*/dataset")
+    changes = [f"--set={name}={value}" for name, value in OVERRIDES.items()]
+    arguments = ("--load", imported, "--dataset", dataset, "--output", tmp_path / "run", "--tp", 2, "--json")
+    trained = run("train", "continued_pretrain_config", *arguments, *changes)
+    assert trained.returncode == 0, trained.stderr
+    summary = json.loads(trained.stdout)
+    assert summary["iteration"] == OVERRIDES["train.train_iters"]
+    exported = run("export", summary["checkpoints"], tmp_path / "hf")
+    assert exported.returncode == 0, exported.stderr
+    compared = run("compare", tmp_path / "hf", summary["checkpoints"], "--pp", 2)
+    assert compared.returncode == 0, compared.stdout
