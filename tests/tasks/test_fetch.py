@@ -221,9 +221,9 @@ class Hub(BaseHTTPRequestHandler):
             "oid": sha256(content).hexdigest()[:40],
         }
         if file.suffix == ".safetensors":
-            digest = (
-                ((self.folder.parent / "wrong_digest").exists() and "0" * 64) or sha256(content).hexdigest()
-            )
+            digest = ((self.folder.parent / "wrong_digest").exists() and "0" * 64) or sha256(
+                content
+            ).hexdigest()
             entry["lfs"] = {"sha256": digest, "oid": digest, "size": len(content), "pointerSize": 130}
         return entry
 
