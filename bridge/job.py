@@ -7,6 +7,7 @@ first milliseconds on.
 import ctypes
 import importlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -65,6 +66,8 @@ def run(module: str, config: dict[str, Any]) -> int:
 
 def main() -> None:
     die_with_parent()
+    # It warns that no CUDA runtime is found wherever CUDA_HOME is set, once for each rank.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if len(sys.argv) != 3:
         sys.exit("usage: python -m bridge.job MODULE CONFIG.json")
     try:

@@ -191,6 +191,13 @@ def _path_read(*parts: str) -> str:
     return "/".join(parts)
 
 
+def _enum_member(kind: Any, name: str) -> str:
+    """Stand for `getattr`, by which Python 3.11.2 (not 3.11.7) pickles the members of an enumeration."""
+    if kind is not _first_argument:
+        raise CheckpointError(".metadata asks for an attribute of something that is no enumeration")
+    return name
+
+
 def _metadata_globals() -> Globals:
     """Everything that torch 2.6 to 2.15 and Megatron Core 0.13 to 0.16 write into `.metadata`."""
     classes = {
@@ -218,6 +225,7 @@ def _metadata_globals() -> Globals:
         ("torch.serialization", "_get_layout"): _first_argument,
         (f"{DCP}.metadata", "_MEM_FORMAT_ENCODING"): _first_argument,
         (f"{DCP}.planner", "WriteItemType"): _first_argument,
+        ("builtins", "getattr"): _enum_member,
         ("collections", "OrderedDict"): dict,
     }
 

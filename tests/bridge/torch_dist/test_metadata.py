@@ -3,17 +3,20 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.distributed import checkpoint
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
 
 from bridge.errors import CheckpointError
+from bridge.restricted_load import ALLOWED_GLOBALS
 from bridge.torch_dist.metadata import (
     FORMAT,
     FORMAT_VALUES,
     METADATA,
+    METADATA_GLOBALS,
     Chunk,
     Place,
     StoredTensor,
@@ -21,6 +24,7 @@ from bridge.torch_dist.metadata import (
     read_metadata,
     write_metadata,
 )
+from bridge.torch_dist.restricted_pickle import read_pickle
 
 
 def example() -> TorchDistMetadata:
@@ -112,3 +116,23 @@ def test_refuses_a_chunk_without_file(tmp_path: Path) -> None:
     (tmp_path / METADATA).write_bytes(pickle.dumps(found))
     with pytest.raises(CheckpointError, match="a chunk of 'w' has no file"):
         read_metadata(tmp_path)
+
+
+class Attribute:
+    """Pickles as a call of `getattr`, as enumeration members do under Python 3.11.2."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.arguments = (owner, name)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, self.arguments
+
+
+@pytest.mark.parametrize("allowed", [METADATA_GLOBALS, ALLOWED_GLOBALS], ids=["conversion", "loading"])
+def test_getattr_reads_enumeration_members_and_nothing_else(allowed: dict[tuple[str, str], Any]) -> None:
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    data = pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, member.name))
+    assert read_pickle(data, allowed, ".metadata") in (member, member.name)
+    for owner, name in ((Metadata, "__init__"), (torch.Size, "__add__")):
+        with pytest.raises(CheckpointError, match="no enumeration"):
+            read_pickle(pickle.dumps(Attribute(owner, name)), allowed, ".metadata")
