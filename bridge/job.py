@@ -18,12 +18,15 @@ from bridge.errors import BridgeworksError, InputError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+# bound before any fork: a child of a threaded process must not load libraries
+_libc = ctypes.CDLL(None)
+
 
 def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
     """Ask the kernel to end this process when its parent ends; Linux only, elsewhere without effect."""
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
+    _libc.prctl(PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
     if os.getppid() == 1 and os.environ.get("RANK"):  # the agent was gone before the call took effect
         os._exit(1)
 
@@ -66,6 +69,8 @@ def run(module: str, config: dict[str, Any]) -> int:
 
 def main() -> None:
     die_with_parent()
+    # forks do not inherit it, and Megatron's checkpoint writers would wait for a killed rank for ever
+    os.register_at_fork(after_in_child=die_with_parent)
     # It warns that no CUDA runtime is found wherever CUDA_HOME is set, once for each rank.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if len(sys.argv) != 3:

@@ -23,22 +23,23 @@ class MetricsFollower:
 
     def tick(self) -> None:
         """Look whether there is something new, every few seconds; cheap to call."""
-        if time.monotonic() >= self._next:
-            self._next = time.monotonic() + SECONDS_BETWEEN_READS
-            self.deliver()
-
-    def deliver(self) -> None:
-        """Pass on everything that has not been passed on yet."""
-        size = self._path.stat().st_size if self._path.is_file() else 0
-        if size in (0, self._size):
+        if time.monotonic() < self._next:
             return
-        self._size = size
-        records = read_metrics(self._path)
-        self._context.run.log_metrics(list(self._new_points(records)))
-        if records:
+        self._next = time.monotonic() + SECONDS_BETWEEN_READS
+        if records := self.deliver():
             loss = next((record["loss"] for record in reversed(records) if "loss" in record), float("nan"))
             description = f"iteration {records[-1]['iteration']} of {self._train_iters}, loss {loss:.4f}"
             self._context.progress(records[-1]["iteration"], self._train_iters, description)
+
+    def deliver(self) -> list[dict[str, Any]]:
+        """Pass on every point that has not been passed on; return all records if there is anything new."""
+        size = self._path.stat().st_size if self._path.is_file() else 0
+        if size in (0, self._size):
+            return []
+        self._size = size
+        records = read_metrics(self._path)
+        self._context.run.log_metrics(list(self._new_points(records)))
+        return records
 
     def _new_points(self, records: list[dict[str, Any]]) -> list[Metric]:
         points = []

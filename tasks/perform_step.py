@@ -5,17 +5,17 @@ import time
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from uuid import UUID
 
 import httpx
 from prefect import get_run_logger, task
-from prefect.artifacts import create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, State
 
 from tasks.artifact import Artifact
 from tasks.cancel_watch import CancelWatch
 from tasks.plan import Decision
+from tasks.progress_artifact import ProgressArtifact
 from tasks.release_run import ReleaseRun
 from tasks.step import Step, StepContext
 
@@ -51,7 +51,7 @@ class PrefectContext(StepContext):
     _lines: list[str] = field(default_factory=list)
     _flushed: float = 0.0
     _updated: float = 0.0
-    _progress_artifact: UUID | None = None
+    _artifact: ProgressArtifact | None = None
     # conversions report from threads of their own, which know nothing of the task run
     _home: Context = field(default_factory=copy_context)
     _one_reports: threading.Lock = field(default_factory=threading.Lock)
@@ -60,8 +60,17 @@ class PrefectContext(StepContext):
         if found := watcher.get():
             found.line(self.name, line)
         self._lines.append(line)
+        self.tick()
+
+    def tick(self) -> None:
         if time.monotonic() - self._flushed > SECONDS_BETWEEN_UPDATES:
             self.flush()
+
+    def finish(self) -> None:
+        """Send what has not been sent yet."""
+        self.flush()
+        if self._artifact:
+            self._artifact.finish()
 
     def flush(self) -> None:
         """Send what was logged since the last time as one record."""
@@ -79,19 +88,14 @@ class PrefectContext(StepContext):
             found.progressed(self.name, done, total, description)
         if time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES or done >= total:
             self._updated = time.monotonic()
-            self._show_progress(100.0 * done / max(total, 1), description)
+            self._artifact = self._artifact or ProgressArtifact(self._key(self.name), self._home)
+            self._artifact.show(100.0 * done / max(total, 1), description)
 
     def table(self, name: str, rows: list[dict[str, Any]], description: str) -> None:
-        create_table_artifact(rows, key=self._key(name), description=description)
-
-    def _show_progress(self, percent: float, description: str) -> None:
         try:
-            if self._progress_artifact is None:
-                self._progress_artifact = create_progress_artifact(percent, self._key(self.name), description)
-            else:
-                update_progress_artifact(self._progress_artifact, percent, description)
-        except httpx.HTTPError as error:  # a picture of the work must not end the work
-            self.log(f"progress could not be shown in Prefect: {error}")
+            create_table_artifact(rows, key=self._key(name), description=description)
+        except httpx.HTTPError as error:  # the report is in the artifact; this only shows it
+            self.log(f"the table {name} could not be shown in Prefect: {error}")
 
     def _key(self, name: str) -> str:
         return f"{self.record.name}-{name}".replace("_", "-").lower()
@@ -129,4 +133,4 @@ def build_step(step: Step, decision: Decision, run: ReleaseRun, watch: CancelWat
     try:
         return run.perform(step, decision, context)
     finally:
-        context.flush()
+        context.finish()

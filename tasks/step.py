@@ -63,6 +63,9 @@ class StepContext:
     def progress(self, done: float, total: float, description: str) -> None:
         """Tell how much of the step is done; called as often as the step likes."""
 
+    def tick(self) -> None:
+        """Is called often while a job runs."""
+
     def table(self, name: str, rows: list[dict[str, Any]], description: str) -> None:
         """Show a small table, such as a gate's verdict."""
 
@@ -77,7 +80,14 @@ class StepContext:
         """Run a job in the folder `name` of this step, its output to `log`; options are those of `launch`."""
         self.log(f"starting {module} on {options.get('num_processes', 1)} process(es)")
         started = time.monotonic()
-        report = launch(module, config, folder=self.folder / name, on_line=self.log, **options)
+        own_tick = options.pop("on_tick", None)
+
+        def tick() -> None:
+            self.tick()
+            if own_tick:
+                own_tick()
+
+        report = launch(module, config, folder=self.folder / name, on_line=self.log, on_tick=tick, **options)
         self.log(f"{module} took {time.monotonic() - started:.1f} s")
         return report
 

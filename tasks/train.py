@@ -56,7 +56,9 @@ def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepCo
         )
     finally:
         follower.deliver()
-    shutil.rmtree(indices)
+    done, total = report["iteration"], config.train.train_iters
+    context.progress(done, total, f"iteration {done} of {total}")
+    shutil.rmtree(indices, ignore_errors=True)
     return {**report, **check_metrics(metrics)}
 
 

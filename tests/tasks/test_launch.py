@@ -51,6 +51,14 @@ def stubborn(config):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sleep_forever(config)
 
+def writes(config):
+    if os.environ.get("RANK") == "1":  # as Megatron's checkpoint writer, which forks
+        if child := os.fork():
+            Path(config["output"], "rank2").write_text(str(child))
+        else:
+            time.sleep(1000)
+    stubborn(config)
+
 def saves(config):
     def save(*_):
         time.sleep(1)
@@ -199,11 +207,11 @@ def test_signal_to_the_launcher_leaves_no_rank(run, tmp_path, signal_number) -> 
     program = (
         "from pathlib import Path; from tasks.launch import launch;"
         f"p = Path({str(tmp_path)!r});"
-        "launch('tiny_job', {'do': 'stubborn', 'output': str(p)}, folder=p / 'run', num_processes=2, grace=1)"
+        "launch('tiny_job', {'do': 'writes', 'output': str(p)}, folder=p / 'run', num_processes=2, grace=1)"
     )
     launcher = subprocess.Popen([sys.executable, "-c", program])
-    wait_for(ranks_ready(tmp_path, 2))
-    assert len(alive(tmp_path)) == 2
+    wait_for(ranks_ready(tmp_path, 3))
+    assert len(alive(tmp_path)) == 3
     launcher.send_signal(signal_number)
     launcher.wait(20)
     wait_for(lambda: alive(tmp_path) == [], 10)
