@@ -7,9 +7,12 @@ and has no effect where a GPU is present. Every patch says which upstream file n
 import functools
 import logging
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 import torch
+
+from bridge.job import die_with_parent
 
 CPU = torch.device("cpu")
 FACTORIES = ("arange", "as_tensor", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros")
@@ -145,13 +148,16 @@ def keep_transformer_engine_out() -> None:
 def fork_result_queue() -> None:
     """dist_checkpointing/strategies/filesystem_async.py spawns a process for a queue at the first save.
 
-    That process imports torch and `__main__` again, which takes six seconds; without CUDA a fork is safe.
+    That process imports torch and `__main__` again, which takes six seconds; without CUDA a fork is safe. It
+    would also outlive a rank that is killed, and with it the rank's open files and locks.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     @functools.cache
     def result_queue() -> Any:
-        return torch.multiprocessing.get_context("fork").Manager().Queue()
+        manager = SyncManager(ctx=torch.multiprocessing.get_context("fork"))
+        manager.start(die_with_parent)
+        return manager.Queue()
 
     filesystem_async._get_write_results_queue = result_queue
 

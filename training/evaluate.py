@@ -17,6 +17,13 @@ from training.pipeline import run_batch
 
 
 def main(config: dict[str, Any]) -> dict[str, Any]:
+    """Run the job in a process group of its own."""
+    report = evaluate(config)
+    distributed.finalize()
+    return report
+
+
+def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     """Measure the mean loss of "checkpoint" over "num_batches" samples of "dataset", by default over all."""
     folder = resolve_checkpoint(Path(config["checkpoint"]))
     provider = laid_out(read_model(folder), config)
@@ -27,7 +34,6 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
             f" start {provider.model_parallel_size}"
         )
     loss, num_tokens = measure(provider, folder, config)
-    distributed.finalize()
     return {"loss": loss, "num_tokens": num_tokens, "perplexity": math.exp(loss)}
 
 

@@ -57,5 +57,7 @@ def test_unknown_recipe_names_the_nearest():
 
 
 def test_recipes_load_no_torch():
-    code = "import sys; from recipes.registry import all_recipes; all_recipes(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from recipes import registry; registry.all_recipes(); sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,14 +1,16 @@
 """A job of the tests: several training runs and evaluations, one after the other, in one process group."""
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from megatron.core import parallel_state
 
-from bridge import distributed
-from training import evaluate, gpt_step
+from training import gpt_step
 from training.config import ConfigContainer
+from training.evaluate import evaluate
 from training.pretrain import pretrain
 
 
@@ -16,23 +18,22 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     """Train each of `runs`; one with "from" starts from a copy of that folder. Then evaluate each."""
     reports = {name: train(**run) for name, run in config["runs"].items()}
     losses = {
-        name: evaluate.main({**job, "report": config["report"]}) for name, job in config["evaluate"].items()
+        name: in_turn(evaluate, {**job, "report": config["report"]})
+        for name, job in config["evaluate"].items()
     }
     return {"runs": reports, "evaluate": losses}
 
 
 def train(config: dict[str, Any], resume_from: str | None = None) -> dict[str, Any]:
     container = ConfigContainer.from_dict(config)
-    if resume_from and distributed_rank() == 0:
+    if resume_from and os.environ["RANK"] == "0":
         folder = Path(container.checkpoint.save or "") / Path(resume_from).name
         shutil.copytree(resume_from, folder)
-    report = pretrain(container, gpt_step.forward_step)
-    torch.distributed.barrier()
-    distributed.finalize()
-    return report
+    return in_turn(pretrain, container, gpt_step.forward_step)
 
 
-def distributed_rank() -> int:
-    import os
-
-    return int(os.environ["RANK"])
+def in_turn(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Call a function that starts Megatron Core, and leave the process group to the next one."""
+    result = function(*arguments)
+    parallel_state.destroy_model_parallel()
+    return result

@@ -1,0 +1,179 @@
+"""Real runs on two gloo ranks: layouts agree, resharding, exact resume after SIGTERM and after kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from process_groups import run_ranks
+from transformers import AutoModelForCausalLM
+
+from bridge.exporter import export_checkpoint
+from bridge.ledger import compare_ledgers, ledger
+from training.checkpoint import complete_checkpoints
+from training.metrics import read_metrics
+from training.pretrain import EXIT_STOPPED
+
+LAYOUTS = {
+    "tp2": {"model.tensor_model_parallel_size": 2},
+    "tp2 sequence parallel": {"model.tensor_model_parallel_size": 2, "model.sequence_parallel": True},
+    "pp2": {"model.pipeline_model_parallel_size": 2},
+    "pp2 vpp2": {
+        "model.pipeline_model_parallel_size": 2,
+        "model.virtual_pipeline_model_parallel_size": 2,
+    },
+    "dp2": {},
+    "dp2 overlapped": {"ddp.overlap_grad_reduce": True},
+}
+RESHARDED = ("pp2", "dp2", "tp2 sequence parallel")
+# 16-bit weights and dropout: nothing of the state may be lost unnoticed
+EXACT = {
+    "train.train_iters": 30,
+    "train.eval_interval": 10,
+    "checkpoint.save_interval": 8,
+    "model.tensor_model_parallel_size": 2,
+    "model.hidden_dropout": 0.1,
+    "model.attention_dropout": 0.1,
+    "mixed_precision.bf16": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_config, imported, dataset, folder):
+    """The report of one job that makes every run which nobody interrupts, and evaluates two checkpoints."""
+
+    def run(name, overrides, resume_from=None):
+        config = tiny_config(**overrides, **{"checkpoint.save": str(folder / name)})
+        config.logger.metrics_path = str(folder / f"{name}.jsonl")
+        return {"config": config.to_dict(), "resume_from": resume_from and str(resume_from)}
+
+    half_way = folder / "tp2" / "iter_0000003"
+    jobs = {name: run(name, layout) for name, layout in LAYOUTS.items()}
+    jobs |= {f"resharded {name}": run(f"resharded {name}", LAYOUTS[name], half_way) for name in RESHARDED}
+    jobs["exact"] = run("exact", EXACT)
+    evaluation = {"dataset": str(dataset), "seq_length": 32, "num_batches": 16}
+    evaluations = {
+        "before": {**evaluation, "checkpoint": str(imported), "tensor_model_parallel_size": 2},
+        "after": {**evaluation, "checkpoint": str(folder / "tp2"), "pipeline_model_parallel_size": 2},
+    }
+    report = run_ranks(
+        2, "training_jobs.runs", {"runs": jobs, "evaluate": evaluations}, folder / "uninterrupted"
+    )
+    assert "error" not in report, report
+    return report
+
+
+def curve(folder, name, key="loss"):
+    return {
+        record["iteration"]: record[key] for record in read_metrics(folder / f"{name}.jsonl") if key in record
+    }
+
+
+def test_loss_goes_down(runs, folder):
+    losses = curve(folder, "tp2")
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    assert losses[6] < losses[1] - 0.3
+    before, after = runs["evaluate"]["before"], runs["evaluate"]["after"]
+    assert after["loss"] < before["loss"] - 0.3
+    assert before["num_tokens"] == after["num_tokens"] == 16 * 32
+    assert runs["runs"]["tp2"]["loss"] == losses[6]
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+@pytest.mark.parametrize("key", ["loss", "grad_norm", "validation_loss"])
+def test_layouts_agree(runs, folder, layout, key):
+    assert curve(folder, layout, key) == pytest.approx(curve(folder, "tp2", key), rel=2e-5)
+
+
+@pytest.mark.parametrize("layout", RESHARDED)
+def test_resharded_checkpoint_goes_on(runs, folder, layout):
+    losses = curve(folder, f"resharded {layout}")
+    expected = {iteration: loss for iteration, loss in curve(folder, "tp2").items() if iteration > 3}
+    assert losses == pytest.approx(expected, rel=2e-5)
+
+
+def test_metrics_are_complete(runs, folder):
+    record = read_metrics(folder / "tp2.jsonl")[2]
+    assert set(record) == {
+        *("iteration", "train_iters", "loss", "learning_rate", "grad_norm", "seconds", "time"),
+        *("tokens_per_second", "consumed_samples", "validation_loss"),
+    }
+    assert (record["iteration"], record["train_iters"], record["consumed_samples"]) == (3, 6, 24)
+
+
+def test_checkpoint_is_exported(runs, folder, source):
+    """An iteration folder carries all that an export needs, and the export is a Hugging Face checkpoint."""
+    export_checkpoint(folder / "exact", folder / "exported")
+    comparison = compare_ledgers(ledger(source), ledger(folder / "exported"))
+    assert not comparison.missing
+    assert not comparison.extra
+    assert len(comparison.different) > 10
+    assert AutoModelForCausalLM.from_pretrained(folder / "exported").config.vocab_size == 300
+    assert (folder / "exported" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    config = json.loads((folder / "exact" / "iter_0000030" / "run_config.json").read_text())
+    assert config["model"]["hidden_dropout"] == 0.1
+
+
+def start(folder: Path, job: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "bridge.job", "training.pretrain", str(job)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        stdout=(folder / "log.txt").open("ab"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_until(condition, process: subprocess.Popen, folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.003)
+
+
+def test_stopped_and_killed_run_ends_like_one_that_was_not(runs, tiny_config, imported, folder):
+    output, metrics, report = (folder / name for name in ("killed", "killed.jsonl", "killed.report.json"))
+    job = folder / "killed.json"
+    settings = {"config": tiny_config(**EXACT).to_dict(), "load": str(imported), "output": str(output)}
+    job.write_text(json.dumps({**settings, "metrics": str(metrics), "report": str(report)}))
+
+    process = start(folder, job)
+    wait_until(lambda: len(read_metrics(metrics)) >= 2, process, folder)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    stopped = json.loads(report.read_text())
+    assert stopped["stopped"]
+    assert 2 <= stopped["iteration"] < 30
+    assert [path.name for path in complete_checkpoints(output)][-1] == f"iter_{stopped['iteration']:07d}"
+
+    process = start(folder, job)
+    wait_until(lambda: list(output.glob("iter_*.partial/*.distcp")), process, folder)
+    process.kill()
+    process.wait(60)
+    killed_at = complete_checkpoints(output)[-1].name
+    time.sleep(0.5)  # ranks die with their agent
+    assert complete_checkpoints(output)[-1].name == killed_at
+
+    assert start(folder, job).wait(120) == 0, (folder / "log.txt").read_text()[-3000:]
+    assert not list(output.glob("*.partial"))
+    for key in ("loss", "grad_norm", "validation_loss", "learning_rate"):
+        assert curve(folder, "killed", key) == curve(folder, "exact", key), key
+    last = [run / "iter_0000030" for run in (output, folder / "exact")]
+    assert not compare_ledgers(*map(ledger, last)).different
+    assert (output / "latest_checkpointed_iteration.txt").read_text() == "30\n"
+
+
+def test_exit_code_of_a_stopped_run_is_its_own():
+    assert EXIT_STOPPED not in (0, 1, 2)
