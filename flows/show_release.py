@@ -81,13 +81,14 @@ def run_flow(spec: ReleaseSpec, *, quiet: bool) -> dict[str, Any]:
     from prefect.exceptions import TerminationSignal
     from prefect.settings import get_current_settings
 
+    from flows.local_server import local_server
     from flows.release_model import release_model
     from tasks.perform_step import watcher
 
     server = check_prefect(get_current_settings().api.url)
     if server.state == MISSING:
         raise StoreError(f"Prefect: {server.found}: {server.advice}")
-    with StepLines(quiet=quiet) as lines:
+    with local_server(), StepLines(quiet=quiet) as lines:
         token = watcher.set(lines)
         try:
             state = release_model(spec, return_state=True)

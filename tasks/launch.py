@@ -123,18 +123,7 @@ def _environment(job: str, num_processes: int, grace: float, extra: Mapping[str,
 def _start(
     command: list[str], folder: Path, output: BinaryIO, variables: dict[str, str]
 ) -> subprocess.Popen[bytes]:
-    """Start the agent in a session of its own, with its output in a file, so that nobody can block it.
-
-    The kernel's death signal follows the thread that forks: the caller must be the thread that waits.
-    """
-    launcher = os.getpid()
-
-    def die_with_launcher() -> None:
-        if sys.platform == "linux":
-            _libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-        if os.getppid() != launcher:
-            os._exit(1)
-
+    """Start the agent in a session of its own, with its output in a file, so that nobody can block it."""
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -143,8 +132,24 @@ def _start(
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=die_with_launcher,
+        preexec_fn=dying_with_this_process(),
     )
+
+
+def dying_with_this_process() -> Callable[[], None]:
+    """Return what a child must call before exec so that the kernel kills it when this process dies.
+
+    The kernel means the thread that forks: it must be the one that waits for the child.
+    """
+    launcher = os.getpid()
+
+    def bind() -> None:
+        if sys.platform == "linux":
+            _libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != launcher:
+            os._exit(1)
+
+    return bind
 
 
 def _watch(
