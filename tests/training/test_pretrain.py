@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from process_groups import run_ranks
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridge.exporter import export_checkpoint
 from bridge.ledger import compare_ledgers, ledger
@@ -48,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_config, imported, dataset, folder):
+def runs(tiny_config, source, imported, dataset, folder):
     """The report of one job that makes every run which nobody interrupts, and evaluates two checkpoints."""
 
     def run(name, overrides, resume_from=None):
@@ -60,6 +61,16 @@ def runs(tiny_config, imported, dataset, folder):
     jobs = {name: run(name, layout) for name, layout in LAYOUTS.items()}
     jobs |= {f"resharded {name}": run(f"resharded {name}", LAYOUTS[name], half_way) for name in RESHARDED}
     jobs["exact"] = run("exact", EXACT)
+    copied = shutil.copytree(dataset, folder / "dataset")
+    jobs["scratch"] = run(
+        "scratch",
+        {
+            "checkpoint.pretrained_checkpoint": None,
+            "tokenizer.tokenizer_model": str(source),
+            "dataset.paths": [str(dataset), str(copied)],
+            "dataset.weights": [0.3, 0.7],
+        },
+    )
     evaluation = {"dataset": str(dataset), "seq_length": 32, "num_batches": 16}
     evaluations = {
         "before": {**evaluation, "checkpoint": str(imported), "tensor_model_parallel_size": 2},
@@ -121,6 +132,20 @@ def test_checkpoint_is_exported(runs, folder, source):
     assert (folder / "exported" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     config = json.loads((folder / "exact" / "iter_0000030" / "run_config.json").read_text())
     assert config["model"]["hidden_dropout"] == 0.1
+
+
+def test_random_weights_and_a_blend(runs, folder, source):
+    assert curve(folder, "scratch")[6] < curve(folder, "scratch")[1] - 0.3
+    export_checkpoint(folder / "scratch", folder / "from-scratch")
+    comparison = compare_ledgers(ledger(source), ledger(folder / "from-scratch"))
+    assert not comparison.missing
+    assert not comparison.extra
+    assert AutoTokenizer.from_pretrained(folder / "from-scratch").vocab_size == 300
+
+
+def test_datasets_are_left_as_they_were(runs, dataset):
+    files = [f"{split}.{kind}" for split in ("test", "train", "valid") for kind in ("bin", "idx")]
+    assert sorted(path.name for path in dataset.iterdir()) == sorted(["dataset.json", *files])
 
 
 def start(folder: Path, job: Path) -> subprocess.Popen:
