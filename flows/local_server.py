@@ -19,7 +19,7 @@ from tasks.errors import StoreError
 from tasks.launch import dying_with_this_process
 
 POLL_SECONDS = 0.1
-STOP_SECONDS = 5.0
+STOP_SECONDS = DRAIN_SECONDS = 5.0
 LOG = "bridgeworks-server.log"
 
 
@@ -41,7 +41,10 @@ def local_server() -> Iterator[None]:
             url, server, settings.home / LOG, settings.server.ephemeral.startup_timeout_seconds
         )
         with temporary_settings({PREFECT_API_URL: url}):
-            yield
+            try:
+                yield
+            finally:
+                _send_what_is_queued()
     finally:
         server.terminate()
         try:
@@ -49,6 +52,15 @@ def local_server() -> Iterator[None]:
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+
+
+def _send_what_is_queued() -> None:
+    """Let Prefect's threads deliver logs and states; later they would try in vain for minutes."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    for worker in (APILogWorker, EventsWorker):
+        worker.drain_all(timeout=DRAIN_SECONDS)
 
 
 def _free_port() -> int:

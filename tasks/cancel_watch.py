@@ -3,6 +3,8 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
+from functools import partial
 from uuid import UUID
 
 import httpx
@@ -38,8 +40,9 @@ class CancelWatch:
 def watch_for_cancellation(flow_run_id: UUID) -> Iterator[CancelWatch]:
     """Ask Prefect every few seconds, while the body runs, whether the flow run is to be cancelled."""
     watch, ended = CancelWatch(), threading.Event()
-    thread = threading.Thread(target=_poll, args=(flow_run_id, watch, ended), daemon=True)
-    thread.start()
+    # in a copy of this context, which says where Prefect's server is
+    poll = partial(copy_context().run, _poll, flow_run_id, watch, ended)
+    threading.Thread(target=poll, daemon=True).start()
     try:
         yield watch
     finally:

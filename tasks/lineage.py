@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -107,7 +108,7 @@ class MlflowLineage(Lineage):
         """Do `work` after everything that is queued and return its result, None if that takes too long."""
         try:
             return self._outbox.put(what, work).result(timeout)
-        except TimeoutError:
+        except (TimeoutError, CancelledError):
             return None
         except Exception as error:
             raise StoreError(f"MLflow refused {what}: {one_line(error)}") from error

@@ -31,9 +31,15 @@ class Outbox:
         self._thread.start()
 
     def put(self, what: str, deliver: Callable[[], Any]) -> "Future[Any]":
-        """Queue one delivery; the future gets what `deliver` returns, or the error that refused it."""
+        """Queue one delivery; the future gets what `deliver` returns, or the error that refused it.
+
+        After `close` nothing is delivered any more: the future is cancelled.
+        """
         future: Future[Any] = Future()
         with self._changed:
+            if self._deadline is not None:
+                future.cancel()
+                return future
             self._queue.append((what, deliver, future))
             self._changed.notify_all()
         return future

@@ -35,6 +35,12 @@ def recorded(workspace) -> tuple[MlflowClient, MlflowLineage, str]:
     return MlflowClient(lineage.uri), lineage, step.run_id
 
 
+def test_identifiers_need_no_wait_after_the_end(recorded) -> None:
+    started = time.monotonic()
+    assert recorded[1].identifiers["run_id"] == recorded[1].run_id
+    assert time.monotonic() - started < 1
+
+
 def test_parent_and_child_runs(recorded) -> None:
     client, lineage, child_id = recorded
     parent, child = client.get_run(lineage.run_id), client.get_run(child_id)

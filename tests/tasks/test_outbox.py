@@ -26,6 +26,13 @@ def test_delivers_in_order_in_the_background() -> None:
     assert arrived == list(range(100))
 
 
+def test_nothing_is_delivered_after_closing() -> None:
+    arrived, box = [], Outbox(refuse_values)
+    box.close(5)
+    assert box.put("late", lambda: arrived.append(1)).cancelled()
+    assert arrived == []
+
+
 def test_tries_again_until_it_arrives() -> None:
     attempts, box = [], Outbox(refuse_values)
 
