@@ -1,5 +1,7 @@
 """Recipes for Mistral 7B: sizes as in the released checkpoint's config.json."""
 
+from typing import Any
+
 from recipes.pretraining import pretrain_config
 from training.config import ConfigContainer
 
@@ -19,6 +21,6 @@ MISTRAL_7B = {
 }
 
 
-def mistral_7b_pretrain_config() -> ConfigContainer:
+def mistral_7b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Mistral 7B v0.3."""
-    return pretrain_config(MISTRAL_7B, tensor=2)
+    return pretrain_config(MISTRAL_7B, changes, tensor=2)

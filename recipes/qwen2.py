@@ -1,5 +1,7 @@
 """Recipes for Qwen2 and Qwen2.5: sizes as in the released checkpoints' config.json."""
 
+from typing import Any
+
 from recipes.pretraining import pretrain_config
 from training.config import ConfigContainer
 
@@ -37,56 +39,56 @@ SIZE_32B = _size(64, 5120, 27648, 40, 8, 152064)
 SIZE_72B = _size(80, 8192, 29568, 64, 8, 152064)
 
 
-def qwen2_500m_pretrain_config() -> ConfigContainer:
+def qwen2_500m_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2 0.5B."""
-    return pretrain_config({**QWEN2, **SIZE_500M})
+    return pretrain_config({**QWEN2, **SIZE_500M}, changes)
 
 
-def qwen2_1p5b_pretrain_config() -> ConfigContainer:
+def qwen2_1p5b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2 1.5B."""
-    return pretrain_config({**QWEN2, **SIZE_1P5B})
+    return pretrain_config({**QWEN2, **SIZE_1P5B}, changes)
 
 
-def qwen2_7b_pretrain_config() -> ConfigContainer:
+def qwen2_7b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2 7B."""
-    return pretrain_config({**QWEN2, **SIZE_7B}, tensor=2)
+    return pretrain_config({**QWEN2, **SIZE_7B}, changes, tensor=2)
 
 
-def qwen2_72b_pretrain_config() -> ConfigContainer:
+def qwen2_72b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2 72B."""
-    return pretrain_config({**QWEN2, **SIZE_72B}, lr=1.5e-4, tensor=8, pipeline=4)
+    return pretrain_config({**QWEN2, **SIZE_72B}, changes, lr=1.5e-4, tensor=8, pipeline=4)
 
 
-def qwen25_500m_pretrain_config() -> ConfigContainer:
+def qwen25_500m_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 0.5B."""
     return qwen2_500m_pretrain_config()
 
 
-def qwen25_1p5b_pretrain_config() -> ConfigContainer:
+def qwen25_1p5b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 1.5B."""
     return qwen2_1p5b_pretrain_config()
 
 
-def qwen25_3b_pretrain_config() -> ConfigContainer:
+def qwen25_3b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 3B."""
-    return pretrain_config({**QWEN2, **SIZE_3B})
+    return pretrain_config({**QWEN2, **SIZE_3B}, changes)
 
 
-def qwen25_7b_pretrain_config() -> ConfigContainer:
+def qwen25_7b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 7B."""
     return qwen2_7b_pretrain_config()
 
 
-def qwen25_14b_pretrain_config() -> ConfigContainer:
+def qwen25_14b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 14B."""
-    return pretrain_config({**QWEN2, **LONG, **SIZE_14B}, tensor=4)
+    return pretrain_config({**QWEN2, **LONG, **SIZE_14B}, changes, tensor=4)
 
 
-def qwen25_32b_pretrain_config() -> ConfigContainer:
+def qwen25_32b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 32B."""
-    return pretrain_config({**QWEN2, **LONG, **SIZE_32B}, lr=1.5e-4, tensor=8, pipeline=2)
+    return pretrain_config({**QWEN2, **LONG, **SIZE_32B}, changes, lr=1.5e-4, tensor=8, pipeline=2)
 
 
-def qwen25_72b_pretrain_config() -> ConfigContainer:
+def qwen25_72b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 72B."""
-    return pretrain_config({**QWEN2, **LONG, **SIZE_72B}, lr=1.5e-4, tensor=8, pipeline=4)
+    return pretrain_config({**QWEN2, **LONG, **SIZE_72B}, changes, lr=1.5e-4, tensor=8, pipeline=4)

@@ -1,5 +1,7 @@
 """Recipes for Qwen3's dense models: sizes as in the released checkpoints' config.json."""
 
+from typing import Any
+
 from recipes.pretraining import pretrain_config
 from training.config import ConfigContainer
 
@@ -36,31 +38,31 @@ SIZE_14B = _size(40, 5120, 17408, 40)
 SIZE_32B = _size(64, 5120, 25600, 64)
 
 
-def qwen3_600m_pretrain_config() -> ConfigContainer:
+def qwen3_600m_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen3 0.6B."""
-    return pretrain_config({**QWEN3, **SIZE_600M})
+    return pretrain_config({**QWEN3, **SIZE_600M}, changes)
 
 
-def qwen3_1p7b_pretrain_config() -> ConfigContainer:
+def qwen3_1p7b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen3 1.7B."""
-    return pretrain_config({**QWEN3, **SIZE_1P7B})
+    return pretrain_config({**QWEN3, **SIZE_1P7B}, changes)
 
 
-def qwen3_4b_pretrain_config() -> ConfigContainer:
+def qwen3_4b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen3 4B."""
-    return pretrain_config({**QWEN3, **SIZE_4B}, tensor=2)
+    return pretrain_config({**QWEN3, **SIZE_4B}, changes, tensor=2)
 
 
-def qwen3_8b_pretrain_config() -> ConfigContainer:
+def qwen3_8b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen3 8B."""
-    return pretrain_config({**QWEN3, **SIZE_8B}, tensor=4)
+    return pretrain_config({**QWEN3, **SIZE_8B}, changes, tensor=4)
 
 
-def qwen3_14b_pretrain_config() -> ConfigContainer:
+def qwen3_14b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen3 14B."""
-    return pretrain_config({**QWEN3, **SIZE_14B}, tensor=8)
+    return pretrain_config({**QWEN3, **SIZE_14B}, changes, tensor=8)
 
 
-def qwen3_32b_pretrain_config() -> ConfigContainer:
+def qwen3_32b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen3 32B."""
-    return pretrain_config({**QWEN3, **SIZE_32B}, lr=1.5e-4, tensor=8, pipeline=2)
+    return pretrain_config({**QWEN3, **SIZE_32B}, changes, lr=1.5e-4, tensor=8, pipeline=2)

@@ -6,23 +6,30 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import recipes
 from bridge.errors import ConfigError
 from training.config import ConfigContainer
 
-Recipe = Callable[[], ConfigContainer]
+Recipe = Callable[..., ConfigContainer]
 
 
 @cache
 def all_recipes() -> dict[str, Recipe]:
-    """Return every recipe that takes no argument, by its name."""
+    """Return every recipe by its name; none needs an argument."""
     found = {}
     for module in pkgutil.iter_modules(recipes.__path__, "recipes."):
         for name, function in inspect.getmembers(importlib.import_module(module.name), inspect.isfunction):
-            if name.endswith("_config") and not inspect.signature(function).parameters:
+            if name.endswith("_config") and not required_parameters(function):
                 found[name] = function
     return dict(sorted(found.items()))
+
+
+def required_parameters(function: Callable[..., Any]) -> list[str]:
+    """Return the parameters without which a function cannot be called."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
 
 
 def recipe_named(name: str) -> Recipe:

@@ -53,6 +53,8 @@ class DatasetConfig:
     """Which indexed datasets to read: folders that `training.build_dataset` wrote, each with its splits."""
 
     paths: list[str] = field(default_factory=list)
+    # without paths: Megatron's made-up sequences, to see a model run before there is text for it
+    mock: bool = False
     # one weight a path; None draws in proportion to the number of samples
     weights: list[float] | None = None
     random_seed: int = 1234
@@ -67,6 +69,8 @@ class TokenizerConfig:
     """The tokenizer of the text; the datasets say which one they were made with."""
 
     tokenizer_model: str | None = None
+    # of the made-up sequences of `dataset.mock`; None takes the model's
+    vocab_size: int | None = None
 
 
 @dataclass

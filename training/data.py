@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.utils import Split
 from torch.utils.data import DataLoader
 
@@ -77,6 +77,25 @@ def build_datasets(
     start_building(cache)
     built = BlendedMegatronDatasetBuilder(GPTDataset, counts, lambda: True, megatron).build()
     end_building(cache)
+    return {split.name: built[split.value] for split in Split if split.name in sizes}
+
+
+def build_mock_datasets(
+    config: DatasetConfig, sizes: dict[str, int | None], seq_length: int, vocab_size: int
+) -> dict[str, Any]:
+    """Build the splits named in `sizes` of Megatron's made-up sequences, which count upwards."""
+    megatron = GPTDatasetConfig(
+        random_seed=config.random_seed,
+        sequence_length=seq_length,
+        split="90,5,5",
+        tokenizer=DatasetTokenizer(eod=vocab_size - 1, vocab_size=vocab_size),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=config.eod_mask_loss,
+        create_attention_mask=False,
+    )
+    counts = [sizes.get(split.name, 0) for split in Split]
+    built = BlendedMegatronDatasetBuilder(MockGPTDataset, counts, lambda: True, megatron).build()
     return {split.name: built[split.value] for split in Split if split.name in sizes}
 
 

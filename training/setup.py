@@ -152,8 +152,11 @@ def build_data(run: Run) -> dict[str, Any]:
     sizes: dict[str, int | None] = {"train": train.train_iters * train.global_batch_size}
     if train.eval_interval is not None:
         sizes["valid"] = train.eval_iters * train.global_batch_size
-    provider = run.config.model
-    return data.build_datasets(run.config.dataset, sizes, provider.seq_length, provider.vocab_size)
+    provider, dataset = run.config.model, run.config.dataset
+    if dataset.mock and not dataset.paths:
+        vocab_size = run.config.tokenizer.vocab_size or provider.vocab_size
+        return data.build_mock_datasets(dataset, sizes, provider.seq_length, vocab_size)
+    return data.build_datasets(dataset, sizes, provider.seq_length, provider.vocab_size)
 
 
 def iterators(run: Run, dataset: Any, consumed_samples: int) -> list[Iterator[data.Batch]]:

@@ -51,6 +51,19 @@ def test_recipes_do_not_share_what_one_changes():
     assert other == recipe_named("llama32_1b_pretrain_config")()
 
 
+def test_a_recipe_takes_changes_by_field_name():
+    recipe = recipe_named("llama31_70b_pretrain_config")
+    config = recipe(seq_length=1024, train_iters=100, lr=1e-4, tensor_model_parallel_size=1)
+    assert (config.model.seq_length, config.train.train_iters) == (1024, 100)
+    assert (config.optimizer.lr, config.optimizer.min_lr) == (1e-4, pytest.approx(1e-5))
+    assert not config.model.sequence_parallel
+    config.validate(config.model.model_parallel_size)
+    with pytest.raises(ConfigError, match=r"did you mean 'train\.train_iters'"):
+        recipe(train_iter=100)
+    with pytest.raises(ConfigError, match="expected int"):
+        recipe(seq_length="long")
+
+
 def test_unknown_recipe_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'llama32_1b_pretrain_config'"):
         recipe_named("llama3.2_1b_pretrain_config")
