@@ -73,7 +73,7 @@ def seed_generators(seed: int) -> None:
 
 
 def finalize() -> None:
-    """End the process group, so that this process may start another."""
+    """End the process group; under torchrun it was the only one that its ranks can start."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     if distributed.is_initialized():
@@ -107,5 +107,5 @@ def check_same_sizes(provider: GPTModelProvider) -> None:
         if getattr(provider, name) != running:
             raise ConfigError(
                 f"{name} is {getattr(provider, name)}, but this process already runs with {running}:"
-                " call bridge.distributed.finalize() before building a model of other sizes"
+                " call megatron.core.parallel_state.destroy_model_parallel() before building one of other sizes"
             )

@@ -32,16 +32,16 @@ train:
   parallel:
     tensor_model_parallel_size: 2
   overrides:
-    train.train_iters: 60
-    train.global_batch_size: 8
-    train.micro_batch_size: 4
-    train.eval_interval: 20
-    train.eval_iters: 4
-    checkpoint.save_interval: 20
+    train.train_iters: 100
+    train.global_batch_size: 16
+    train.micro_batch_size: 16
+    train.eval_interval: 25
+    train.eval_iters: 2
+    checkpoint.save_interval: 25
     checkpoint.most_recent_k: 2
     model.seq_length: 128
-    optimizer.lr: 0.002
-    optimizer.min_lr: 0.0002
+    optimizer.lr: 0.003
+    optimizer.min_lr: 0.0003
     scheduler.lr_warmup_iters: 5
 check:
   tensor_model_parallel_size: 2
