@@ -107,5 +107,5 @@ def check_same_sizes(provider: GPTModelProvider) -> None:
         if getattr(provider, name) != running:
             raise ConfigError(
                 f"{name} is {getattr(provider, name)}, but this process already runs with {running}:"
-                " call megatron.core.parallel_state.destroy_model_parallel() before building one of other sizes"
+                " call megatron.core.parallel_state.destroy_model_parallel() before building another"
             )
