@@ -55,17 +55,7 @@ def summary(run: ReleaseRun, problems: list[str]) -> dict[str, Any]:
     return {
         "name": run.spec.name,
         "folder": str(run.record.folder),
-        "steps": [
-            {
-                "step": record.step,
-                "action": record.action,
-                "reason": record.reason,
-                "seconds": round(record.seconds, 1),
-                "artifact": str(record.artifact),
-                "digest": record.digest,
-            }
-            for record in run.record.steps
-        ],
+        "steps": [record.to_dict() for record in run.record.steps],
         "release": run.artifacts["publish"].output,
         "identifiers": run.record.identifiers,
         "problems": problems,

@@ -85,6 +85,8 @@ class MlflowLineage(Lineage):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # standard output belongs to who reads it
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.absolute() / 'mlflow.db'}"
         self._name, self._workspace = name, workspace.absolute()
         self._client: MlflowClient | None = None
@@ -171,19 +173,28 @@ class MlflowLineage(Lineage):
         return str(max(int(version.version) for version in found)) if found else None
 
     def _new_version(self, name: str, address: str, digest: str, tags: dict[str, str]) -> str:
-        """Register a tagged stub: an MLflow server refuses a version whose source is a local path."""
-        import mlflow
+        """Register a reference; its tag "uri" is what to load, in every kind of store."""
+        from mlflow.exceptions import MlflowException
 
-        mlflow.set_tracking_uri(self.uri)
         tags = _text({"uri": address, "digest": digest, "format": "hf", **tags})
-        model = mlflow.create_external_model(
-            name=name,
-            source_run_id=self.run_id,
-            experiment_id=self.experiment_id,
-            tags=tags,
-            model_type="llm",
-        )
-        return str(mlflow.register_model(model.model_uri, name, tags=tags).version)
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        source, model_id = self._source(name, address, tags)
+        version = self.client.create_model_version(name, source, self.run_id, tags, model_id=model_id)
+        return str(version.version)
+
+    def _source(self, name: str, address: str, tags: dict[str, str]) -> tuple[str, str | None]:
+        """Return the address itself; a server refuses a path: an empty model's address and id."""
+        if "://" in address:
+            return address, None
+        if not self.uri.startswith("http"):
+            return Path(address).as_uri(), None
+        model = self.client.create_logged_model(self.experiment_id, name, self.run_id, tags, model_type="llm")
+        self.client.finalize_logged_model(model.model_id, "READY")
+        return f"models:/{model.model_id}", model.model_id
 
 
 class MlflowStepRun(StepRun):

@@ -5,9 +5,10 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
+from bridge.job import write_json
 from tasks.artifact import Artifact
 from tasks.errors import JobStoppedError
-from tasks.lineage import Metric, MlflowLineage
+from tasks.lineage import Metric, MlflowLineage, StepRun
 from tasks.plan import Decision, decide, flatten, store_of
 from tasks.spec import ReleaseSpec
 from tasks.step import Artifacts, RunRecord, Step, StepContext, StepRecord
@@ -33,7 +34,7 @@ class ReleaseRun:
     def reuse(self, step: Step, decision: Decision) -> Artifact:
         """Take a step's artifact as it is."""
         assert decision.artifact, "a reused step has its artifact"
-        return self._done(step, decision, decision.artifact, 0.0)
+        return self._done(step, decision, decision.artifact, 0.0, StepRun())
 
     def perform(self, step: Step, decision: Decision, context: StepContext) -> Artifact:
         """Build a step's artifact; the first step that really does something opens the record in MLflow."""
@@ -59,10 +60,18 @@ class ReleaseRun:
             context.run.finish(status_of(error))
             raise
         self._record_outcome(step, artifact, context)
-        return self._done(step, decision, artifact, time.monotonic() - started, context.run.run_id)
+        return self._done(step, decision, artifact, time.monotonic() - started, context.run)
 
     def finish(self, error: BaseException | None = None) -> list[str]:
         """Close the record; return, one line each, what MLflow did not take."""
+        try:
+            return self._close(error)
+        finally:
+            # MLflow's ids are known by now, if ever
+            ended = {"error": str(error) if error else None, "status": status_of(error)}
+            write_json(self.record.folder / "run.json", {**self.record.to_dict(), **ended})
+
+    def _close(self, error: BaseException | None) -> list[str]:
         stopped = error is not None and status_of(error) == "KILLED"
         options = {"timeout": STOPPED_CLOSE_SECONDS} if stopped else {}
         return self.record.lineage.finish(status_of(error), **options)
@@ -110,12 +119,12 @@ class ReleaseRun:
         }
 
     def _done(
-        self, step: Step, decision: Decision, artifact: Artifact, seconds: float, run_id: str | None = None
+        self, step: Step, decision: Decision, artifact: Artifact, seconds: float, run: StepRun
     ) -> Artifact:
         self.artifacts[step.name] = artifact
         self.record.steps.append(
             StepRecord(
-                step.name, decision.action, decision.reason, seconds, artifact.path, artifact.digest, run_id
+                step.name, decision.action, decision.reason, seconds, artifact.path, artifact.digest, run
             )
         )
         return artifact

@@ -26,7 +26,19 @@ class StepRecord:
     seconds: float
     artifact: Path
     digest: str
-    mlflow_run_id: str | None = None
+    run: StepRun = field(default_factory=StepRun)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON values; MLflow's id is None if MLflow has not answered yet."""
+        return {
+            "step": self.step,
+            "action": self.action,
+            "reason": self.reason,
+            "seconds": round(self.seconds, 1),
+            "artifact": str(self.artifact),
+            "digest": self.digest,
+            "mlflow_run_id": self.run.run_id,
+        }
 
 
 @dataclass
@@ -45,6 +57,16 @@ class RunRecord:
     def identifiers(self) -> dict[str, Any]:
         """The ids by which Prefect and MLflow know this run, as release.json has them."""
         return {"prefect_flow_run_id": self.prefect_flow_run_id, "mlflow": self.lineage.identifiers}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON values."""
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "identifiers": self.identifiers,
+            "code": self.code,
+            "steps": [step.to_dict() for step in self.steps],
+        }
 
 
 @dataclass

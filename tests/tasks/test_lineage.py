@@ -1,9 +1,17 @@
 """The record in a real MLflow store, and what happens when there is none."""
 
+import os
+import shutil
+import signal
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
+import httpx
 import pytest
 from mlflow import MlflowClient
 
@@ -73,11 +81,55 @@ def test_model_is_registered_by_reference(recorded, workspace) -> None:
     assert sum(file.stat().st_size for file in workspace.rglob("mlruns/**/*") if file.is_file()) < 10_000
 
 
+def test_nothing_global_is_changed(recorded) -> None:
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+
+
 def test_refused_model_is_an_error(workspace, recorded) -> None:
     lineage = MlflowLineage("tiny", workspace, {})
     with pytest.raises(StoreError, match="reserved"):
         lineage.register_model("tiny", "/x", DIGEST, "latest", {})
     lineage.finish("FAILED")
+
+
+@pytest.fixture
+def server(tmp_path, mlflow_store, monkeypatch) -> Iterator[str]:
+    store = shutil.copyfile(mlflow_store, tmp_path / "server.db")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+    process = subprocess.Popen(
+        [*command, "--backend-store-uri", f"sqlite:///{store}"],
+        cwd=tmp_path,
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        start_new_session=True,
+    )
+    uri = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_healthy(uri)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        yield uri
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+def wait_until_healthy(uri: str) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{uri}/health").is_success:
+                return
+        time.sleep(0.2)
+    pytest.fail("no MLflow server")
+
+
+def test_a_server_takes_references_too(server, tmp_path) -> None:
+    lineage = MlflowLineage("tiny", tmp_path, {})
+    for name, address in (("folder", "/a/folder"), ("bucket", "s3://bucket/prefix")):
+        assert lineage.register_model(name, address, DIGEST, "released", {}, timeout=30) == "1"
+        assert MlflowClient(server).get_model_version_by_alias(name, "released").tags["uri"] == address
+    assert lineage.finish("FINISHED") == []
 
 
 def test_dead_server_holds_nobody_up(tmp_path, monkeypatch) -> None:
