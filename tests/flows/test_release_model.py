@@ -109,7 +109,11 @@ def test_failing_gate_publishes_nothing_and_keeps_its_report(spec, prefect_serve
 
 
 def test_killed_training_goes_on_and_loses_nothing(small_release, tmp_path) -> None:
-    changes = ["train.overrides.train.train_iters=40", "train.parallel.tensor_model_parallel_size=2"]
+    changes = [
+        "train.overrides.train.train_iters=20",
+        "train.overrides.checkpoint.save_interval=10",
+        "train.parallel.tensor_model_parallel_size=2",
+    ]
     spec = load_spec(small_release, changes)
     (tmp_path / "spec.json").write_text(spec.model_dump_json())
     command = [sys.executable, str(Path(__file__).with_name("train_only.py")), str(tmp_path / "spec.json")]
@@ -124,7 +128,7 @@ def test_killed_training_goes_on_and_loses_nothing(small_release, tmp_path) -> N
     assert list(partial.glob("*.partial")) == []
     metrics = artifact(spec, "train").path / "metrics.jsonl"
     assert "resumed_at" in metrics.read_text()
-    assert [record["iteration"] for record in read_metrics(metrics) if "loss" in record] == list(range(1, 41))
+    assert [record["iteration"] for record in read_metrics(metrics) if "loss" in record] == list(range(1, 21))
 
 
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen[Any]) -> None:
