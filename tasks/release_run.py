@@ -81,6 +81,7 @@ class ReleaseRun:
             code = self.record.code
             tags = {
                 "name": self.spec.name,
+                "mlflow.runName": self.record.folder.name,
                 "prefect.flow_run_id": self.record.prefect_flow_run_id,
                 "git.commit": code["commit"],
                 "git.modified": code["modified"],
