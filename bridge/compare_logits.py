@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from bridge import distributed, live_checkpoint
 from bridge.errors import InputError
-from bridge.families import provider_of, read_config
+from bridge.families import provider_of
 from bridge.gates import LogitsMetrics, judge_logits, thresholds_for
+from bridge.hf_checkpoint import read_config
 from bridge.logits import Prompts, hf_logits, megatron_logits
 from bridge.megatron_checkpoint import is_megatron_checkpoint, read_model, resolve_checkpoint
 from bridge.provider import GPTModelProvider

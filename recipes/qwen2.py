@@ -1,4 +1,4 @@
-"""Recipes for Qwen2 and Qwen2.5: sizes as in the released checkpoints' config.json."""
+"""Recipes for Qwen2 and Qwen2.5: sizes as in the released checkpoints, context lengths as on their cards."""
 
 from typing import Any
 
@@ -12,8 +12,10 @@ QWEN2 = {
     "rope_theta": 1000000.0,
     "use_sliding_window": False,
 }
+# from 7B on
+LONG = {"max_position_embeddings": 131072}
 # from 14B on
-LONG = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5}
+LARGE = {**LONG, "rms_norm_eps": 1e-5}
 
 
 def _size(
@@ -51,22 +53,22 @@ def qwen2_1p5b_pretrain_config(**changes: Any) -> ConfigContainer:
 
 def qwen2_7b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2 7B."""
-    return pretrain_config({**QWEN2, **SIZE_7B}, changes, tensor=2)
+    return pretrain_config({**QWEN2, **LONG, **SIZE_7B}, changes, tensor=2)
 
 
 def qwen2_72b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2 72B."""
-    return pretrain_config({**QWEN2, **SIZE_72B}, changes, lr=1.5e-4, tensor=8, pipeline=4)
+    return pretrain_config({**QWEN2, **LARGE, **SIZE_72B}, changes, lr=1.5e-4, tensor=8, pipeline=4)
 
 
 def qwen25_500m_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 0.5B."""
-    return qwen2_500m_pretrain_config()
+    return qwen2_500m_pretrain_config(**changes)
 
 
 def qwen25_1p5b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 1.5B."""
-    return qwen2_1p5b_pretrain_config()
+    return qwen2_1p5b_pretrain_config(**changes)
 
 
 def qwen25_3b_pretrain_config(**changes: Any) -> ConfigContainer:
@@ -76,19 +78,19 @@ def qwen25_3b_pretrain_config(**changes: Any) -> ConfigContainer:
 
 def qwen25_7b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 7B."""
-    return qwen2_7b_pretrain_config()
+    return qwen2_7b_pretrain_config(**changes)
 
 
 def qwen25_14b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 14B."""
-    return pretrain_config({**QWEN2, **LONG, **SIZE_14B}, changes, tensor=4)
+    return pretrain_config({**QWEN2, **LARGE, **SIZE_14B}, changes, tensor=4)
 
 
 def qwen25_32b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 32B."""
-    return pretrain_config({**QWEN2, **LONG, **SIZE_32B}, changes, lr=1.5e-4, tensor=8, pipeline=2)
+    return pretrain_config({**QWEN2, **LARGE, **SIZE_32B}, changes, lr=1.5e-4, tensor=8, pipeline=2)
 
 
 def qwen25_72b_pretrain_config(**changes: Any) -> ConfigContainer:
     """Return a pretraining config for Qwen2.5 72B."""
-    return pretrain_config({**QWEN2, **LONG, **SIZE_72B}, changes, lr=1.5e-4, tensor=8, pipeline=4)
+    return pretrain_config({**QWEN2, **LARGE, **SIZE_72B}, changes, lr=1.5e-4, tensor=8, pipeline=4)

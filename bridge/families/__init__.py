@@ -1,14 +1,12 @@
 """The families, one file for each Hugging Face `model_type`; a file here is registered by existing."""
 
 import importlib
-import json
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
-from bridge.errors import CheckpointError, UnsupportedModelError
+from bridge.errors import UnsupportedModelError
 from bridge.family import Family
 from bridge.mapping import WeightPlan
 from bridge.provider import GPTModelProvider
@@ -48,17 +46,6 @@ def family_of(config: dict[str, Any]) -> Family:
 def provider_of(config: dict[str, Any]) -> GPTModelProvider:
     """Describe the model of a Hugging Face config in Megatron's words."""
     return family_of(config).provider(config)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read the config.json of a Hugging Face folder."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {folder / 'config.json'}: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / 'config.json'} holds no JSON object")
-    return config
 
 
 def plan_weights(provider: GPTModelProvider) -> WeightPlan:

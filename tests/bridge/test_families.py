@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bridge.config_rules import REQUIRED, Constant, Dtype, Field, Requires
 from bridge.errors import UnsupportedModelError
-from bridge.families import families, family_named, family_of, plan_weights, provider_of, read_config
+from bridge.families import families, family_named, family_of, plan_weights, provider_of
+from bridge.hf_checkpoint import read_config
 
 # As the hub has it for Llama 3.2 1B, cut to a small size: the spelling before transformers 5.
 LEGACY_LLAMA: dict[str, Any] = {

@@ -9,7 +9,8 @@ from torch.nn import functional
 from bridge import distributed
 from bridge.auto_bridge import AutoBridge
 from bridge.errors import ConfigError
-from bridge.families import provider_of, read_config
+from bridge.families import provider_of
+from bridge.hf_checkpoint import read_config
 from bridge.provider import GPTModelProvider
 
 TOKENS = torch.arange(24)[None] % 150

@@ -64,6 +64,12 @@ def test_a_recipe_takes_changes_by_field_name():
         recipe(seq_length="long")
 
 
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_every_recipe_passes_changes_on(name):
+    config = all_recipes()[name](seq_length=96, global_batch_size=24)
+    assert (config.model.seq_length, config.train.global_batch_size) == (96, 24)
+
+
 def test_unknown_recipe_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'llama32_1b_pretrain_config'"):
         recipe_named("llama3.2_1b_pretrain_config")
