@@ -62,11 +62,23 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-@app.callback(invoke_without_command=True)
 @audit.callback(invoke_without_command=True)
 def show_help(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
+
+
+@app.callback(invoke_without_command=True)
+def show_version_or_help(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(f"bridgeworks {version_of('bridgeworks')}")
+        raise typer.Exit()
+    show_help(context)
 
 
 @app.command()

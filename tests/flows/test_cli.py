@@ -74,6 +74,10 @@ def test_help_is_quick_and_loads_nothing_heavy(command: str) -> None:
     assert time.monotonic() - started < 1 or len(os.sched_getaffinity(0)) < 4  # a busy machine is slower
 
 
+def test_version() -> None:
+    assert run("--version").stdout.startswith("bridgeworks ")
+
+
 def test_every_command_has_a_help_text() -> None:
     listed = run("--help").stdout
     assert all(command.split()[0] in listed for command in COMMANDS)
