@@ -9,7 +9,6 @@ from bridge.errors import InputError
 from bridge.megatron_checkpoint import read_model, resolve_checkpoint
 from flows.console import Progress, person_watches, print_json, print_table, progress
 from recipes.registry import recipe_named
-from tasks.errors import JobStoppedError
 from tasks.launch import launch
 from tasks.spec import ParallelSpec, TrainSpec, override
 from tasks.train import resolved_config
@@ -57,8 +56,6 @@ def train(
             on_line=None if person_watches() or as_json else print,
             on_tick=follow(metrics, config.train.train_iters, show),
         )
-    if report["stopped"]:
-        raise JobStoppedError(f"training was stopped at iteration {report['iteration']}; run again to go on")
     summary = {"checkpoints": job["output"], "metrics": str(metrics), **report, **losses(metrics)}
     print_json(summary) if as_json else print_table(("what", "value"), list(summary.items()))
 
