@@ -4,10 +4,11 @@ A rule is written once and read in both directions. It speaks of whole tensors o
 expert parallelism are Megatron's business, which knows each rank's slice of the global tensor.
 """
 
+import itertools
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,10 +20,12 @@ Dimension = str | int
 
 
 class Block(NamedTuple):
-    """`rows` rows of Hugging Face tensor `hf` from `hf_row` on are rows `megatron_row` on of `key[lead]`.
+    """`rows` rows of `key[lead]` from `megatron_row` on are rows hf_row, hf_row + hf_step, ... of `hf`.
 
-    `lead` is the index into the leading axes of the global Megatron tensor: (layer,) for decoder layers,
-    () for tensors that exist once.
+    Both sides are seen as rows of equal length. Megatron's axes after `lead` are rows and columns; the
+    Hugging Face tensor is flattened to rows of as many columns, with its last two axes swapped before if it
+    is one of `WeightPlan.transposed`. `lead` is the index into the leading axes of the global Megatron
+    tensor: (layer,) or (layer, expert); () for tensors that exist once.
     """
 
     hf: str
@@ -31,6 +34,34 @@ class Block(NamedTuple):
     key: str
     lead: tuple[int, ...]
     megatron_row: int
+    hf_step: int = 1
+
+
+class Piece(NamedTuple):
+    """A block of one place, before layer and expert are known: `hf` has `*` for their numbers."""
+
+    hf: str
+    hf_row: int
+    rows: int
+    megatron_row: int
+    hf_step: int = 1
+
+
+class Place(NamedTuple):
+    """Where a rule holds: its key and lead on Megatron's side, the numbers for the `*`s of the other."""
+
+    key: str
+    lead: tuple[int, ...]
+    numbers: tuple[int, ...]
+    expert: int = 0
+
+
+LAYERS: dict[str, Callable[[GPTModelProvider], list[int]]] = {
+    "all": lambda p: list(range(p.num_layers)),
+    "dense": lambda p: [layer for layer, moe in enumerate(p.moe_layers) if not moe],
+    "moe": lambda p: [layer for layer, moe in enumerate(p.moe_layers) if moe],
+}
+"""Which decoder layers a rule is for."""
 
 
 SIZES = {
@@ -50,29 +81,58 @@ def resolve(dimension: Dimension, provider: GPTModelProvider) -> int:
 
 @dataclass(frozen=True)
 class Mapping(ABC):
-    """One Megatron parameter; `*` in a name stands for the layer number on both sides."""
+    """One Megatron parameter; `*` in a name stands for the layer number on both sides.
+
+    `layers` is one of LAYERS. With `experts` the parameter exists once for each expert: an axis of the
+    global Megatron tensor, a second `*` in Hugging Face names. With `fused` the Hugging Face tensor has that
+    axis too, and the rule's shapes are those of one expert. With `transposed` it stores the last two axes in
+    the other order. `when` names a provider field that must be set for the parameter to exist ("not FIELD":
+    unset).
+    """
 
     megatron_param: str
-
-    @property
-    def key(self) -> str:
-        """Name of the global tensor in a checkpoint: layers are a leading axis, not part of the name."""
-        return self.megatron_param.replace(".*", "", 1)
+    layers: str = field(default="all", kw_only=True)
+    experts: bool = field(default=False, kw_only=True)
+    fused: bool = field(default=False, kw_only=True)
+    transposed: bool = field(default=False, kw_only=True)
+    when: str = field(default="", kw_only=True)
 
     @abstractmethod
-    def pieces(self, provider: GPTModelProvider) -> Iterator[tuple[str, int, int, int]]:
-        """Yield (hf name, hf row, rows, megatron row) for one layer, in the order of Megatron's rows."""
+    def pieces(self, provider: GPTModelProvider) -> Iterator[Piece]:
+        """Yield the pieces of one place, in the order of Megatron's rows."""
 
     @abstractmethod
     def hf_shapes(self, provider: GPTModelProvider) -> dict[str, Shape]:
-        """Return the shape of every Hugging Face tensor that this rule maps, by name."""
+        """Return the shape, one expert's if fused, of every Hugging Face tensor that this rule maps, by name.
 
-    def leads(self, provider: GPTModelProvider) -> list[tuple[int, ...]]:
-        """Return every index into the leading axes."""
-        return [(layer,) for layer in range(provider.num_layers)] if "*" in self.megatron_param else [()]
+        Axes are in Megatron's order, whether or not the tensor is stored transposed.
+        """
+
+    def applies(self, provider: GPTModelProvider) -> bool:
+        """Say whether a model has this parameter at all."""
+        name = self.when.removeprefix("not ")
+        return not name or bool(getattr(provider, name)) != self.when.startswith("not ")
+
+    def places(self, provider: GPTModelProvider) -> Iterator[Place]:
+        """Yield every layer and expert that the rule holds for."""
+        layers = LAYERS[self.layers](provider) if "*" in self.megatron_param else [None]
+        experts = range(provider.num_moe_experts or 0) if self.experts else [None]
+        for layer, expert in itertools.product(layers, experts):
+            key, lead = self._key_and_lead(provider, layer)
+            numbers = tuple(number for number in (layer, expert) if number is not None)
+            yield Place(key, lead if expert is None else (*lead, expert), numbers, expert or 0)
+
+    def _key_and_lead(self, provider: GPTModelProvider, layer: int | None) -> tuple[str, tuple[int, ...]]:
+        """Megatron gives layers that are all alike one tensor with a leading axis, others a key each."""
+        if layer is None:
+            return self.megatron_param, ()
+        if provider.homogeneous_layers:
+            return self.megatron_param.replace(".*", "", 1), (layer,)
+        return self.megatron_param.replace("*", str(layer), 1), ()
 
     def lead_shape(self, provider: GPTModelProvider) -> Shape:
-        return (provider.num_layers,) if "*" in self.megatron_param else ()
+        layers = (provider.num_layers,) if "*" in self.megatron_param and provider.homogeneous_layers else ()
+        return (*layers, provider.num_moe_experts or 0) if self.experts else layers
 
     def megatron_shape(self, provider: GPTModelProvider) -> Shape:
         """Return the shape of the global Megatron tensor, leading axes included."""
@@ -80,10 +140,16 @@ class Mapping(ABC):
         rows = sum(shape[0] for shape in shapes)
         return (*self.lead_shape(provider), rows, *shapes[0][1:])
 
+    def stored_shape(self, shape: Shape, provider: GPTModelProvider) -> Shape:
+        """Return the shape that a Hugging Face file has for a tensor of this rule."""
+        if self.transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        return (provider.num_moe_experts or 0, *shape) if self.fused else shape
 
-def at_lead(name: str, lead: tuple[int, ...]) -> str:
-    """Fill the `*`s of a name with the numbers of `lead`."""
-    for number in lead:
+
+def at_lead(name: str, numbers: tuple[int, ...]) -> str:
+    """Fill the `*`s of a name with `numbers`, as many as it has."""
+    for number in numbers:
         name = name.replace("*", str(number), 1)
     return name
 
@@ -98,8 +164,8 @@ class DirectMapping(Mapping):
     def hf_shapes(self, provider: GPTModelProvider) -> dict[str, Shape]:
         return {self.hf_param: tuple(resolve(dimension, provider) for dimension in self.shape)}
 
-    def pieces(self, provider: GPTModelProvider) -> Iterator[tuple[str, int, int, int]]:
-        yield self.hf_param, 0, self.hf_shapes(provider)[self.hf_param][0], 0
+    def pieces(self, provider: GPTModelProvider) -> Iterator[Piece]:
+        yield Piece(self.hf_param, 0, self.hf_shapes(provider)[self.hf_param][0], 0)
 
 
 @dataclass(frozen=True)
@@ -128,14 +194,14 @@ class QKVMapping(Mapping):
         query, key_value = resolve("query_size", provider), resolve("key_value_size", provider)
         return {self.q: (query, *columns), self.k: (key_value, *columns), self.v: (key_value, *columns)}
 
-    def pieces(self, provider: GPTModelProvider) -> Iterator[tuple[str, int, int, int]]:
+    def pieces(self, provider: GPTModelProvider) -> Iterator[Piece]:
         head = provider.kv_channels
         queries = provider.num_attention_heads // provider.num_query_groups * head
         for group in range(provider.num_query_groups):
             row = group * (queries + 2 * head)
-            yield self.q, group * queries, queries, row
-            yield self.k, group * head, head, row + queries
-            yield self.v, group * head, head, row + queries + head
+            yield Piece(self.q, group * queries, queries, row)
+            yield Piece(self.k, group * head, head, row + queries)
+            yield Piece(self.v, group * head, head, row + queries + head)
 
 
 @dataclass(frozen=True)
@@ -150,10 +216,10 @@ class GatedMLPMapping(Mapping):
         shape = tuple(resolve(dimension, provider) for dimension in self.shape)
         return {self.gate: shape, self.up: shape}
 
-    def pieces(self, provider: GPTModelProvider) -> Iterator[tuple[str, int, int, int]]:
+    def pieces(self, provider: GPTModelProvider) -> Iterator[Piece]:
         rows = resolve(self.shape[0], provider)
-        yield self.gate, 0, rows, 0
-        yield self.up, 0, rows, rows
+        yield Piece(self.gate, 0, rows, 0)
+        yield Piece(self.up, 0, rows, rows)
 
 
 @dataclass
@@ -167,6 +233,17 @@ class WeightPlan:
     """Hugging Face names that a checkpoint may hold as a copy of another: {"lm_head.weight": embedding}."""
     buffers: tuple[str, ...] = ()
     """Patterns of names that older checkpoints carry and that hold no weight."""
+    transposed: frozenset[str] = frozenset()
+    """Hugging Face names whose last two axes are stored in the other order than the blocks count rows in."""
+
+    def columns(self, key: str, lead: tuple[int, ...]) -> Shape:
+        """Return the shape of one row of `key[lead]`, and of the Hugging Face rows that it is made of."""
+        return self.megatron_shapes[key][len(lead) + 1 :]
+
+    def rows_shape(self, name: str) -> Shape:
+        """Return the shape of a Hugging Face tensor as the blocks see it, before it is flattened to rows."""
+        shape = self.hf_shapes[name]
+        return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
 
     def is_buffer(self, name: str) -> bool:
         """Say whether a Hugging Face tensor is one of the listed buffers without weight."""
@@ -198,16 +275,32 @@ class MegatronMappingRegistry:
         for mapping in self.mappings:
             if isinstance(mapping, OutputMapping) and provider.share_embeddings_and_output_weights:
                 plan.tied[mapping.hf_param] = mapping.tied_to
-            else:
+            elif mapping.applies(provider):
                 self._add(plan, mapping, provider)
         return plan
 
     def _add(self, plan: WeightPlan, mapping: Mapping, provider: GPTModelProvider) -> None:
         shapes, pieces = mapping.hf_shapes(provider), list(mapping.pieces(provider))
-        plan.megatron_shapes[mapping.key] = mapping.megatron_shape(provider)
-        for lead in mapping.leads(provider):
-            plan.hf_shapes.update({at_lead(name, lead): shape for name, shape in shapes.items()})
+        stored = {name: mapping.stored_shape(shape, provider) for name, shape in shapes.items()}
+        megatron_shape = mapping.megatron_shape(provider)
+        num_columns = math.prod(megatron_shape[len(mapping.lead_shape(provider)) + 1 :])
+        # A fused tensor has the rows of all experts one below the other.
+        skip = {n: math.prod(s) // num_columns if mapping.fused else 0 for n, s in shapes.items()}
+        for place in mapping.places(provider):
+            plan.megatron_shapes[place.key] = megatron_shape
+            names = {name: at_lead(name, place.numbers) for name in shapes}
+            plan.hf_shapes.update({names[name]: shape for name, shape in stored.items()})
+            if mapping.transposed:
+                plan.transposed |= set(names.values())
             plan.blocks.extend(
-                Block(at_lead(name, lead), hf_row, rows, mapping.key, lead, megatron_row)
-                for name, hf_row, rows, megatron_row in pieces
+                Block(
+                    names[piece.hf],
+                    piece.hf_row + place.expert * skip[piece.hf],
+                    piece.rows,
+                    place.key,
+                    place.lead,
+                    piece.megatron_row,
+                    piece.hf_step,
+                )
+                for piece in pieces
             )

@@ -1,67 +1,26 @@
 """The live side of a provider: Megatron Core's config, layer spec and model, on a GPU or without one."""
 
-import importlib.util
+import dataclasses
 from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.nn import functional
 
 from bridge import distributed
 from bridge.errors import ConfigError
+from bridge.layer_spec import layer_spec, uses_transformer_engine
 from bridge.provider import GPTModelProvider
 from bridge.rotary import inverse_frequencies
 
 ACTIVATIONS = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
 
-SAME_IN_BOTH = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "normalization",
-    "layernorm_epsilon",
-    "gated_linear_unit",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "window_size",
-    "init_method_std",
-    "attention_dropout",
-    "hidden_dropout",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "sequence_parallel",
-    "recompute_granularity",
-    "recompute_method",
-    "recompute_num_layers",
-)
-
-
-def uses_transformer_engine(provider: GPTModelProvider) -> bool:
-    """Say which layer spec the model gets; both have the same parameter names in a checkpoint."""
-    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    if provider.transformer_impl == "transformer_engine" and not available:
-        raise ConfigError(
-            "model.transformer_impl is 'transformer_engine', which needs a GPU and the extra 'gpu':"
-            " choose 'auto' or 'local'"
-        )
-    return available and provider.transformer_impl != "local"
+# Fields that are set below in Megatron's types.
+CONVERTED = {"activation_func", "params_dtype"}
 
 
 def transformer_config(
@@ -76,8 +35,10 @@ def transformer_config(
         )
     dtype = getattr(torch, provider.params_dtype)
     interleaved = provider.virtual_pipeline_model_parallel_size is not None
-    return TransformerConfig(
-        **{name: getattr(provider, name) for name in SAME_IN_BOTH},
+    config_class = MLATransformerConfig if provider.multi_latent_attention else TransformerConfig
+    known = {field.name for field in dataclasses.fields(config_class)}
+    return config_class(
+        **{name: value for name, value in vars(provider).items() if name in known - CONVERTED},
         activation_func=ACTIVATIONS[provider.activation_func],
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -93,13 +54,6 @@ def transformer_config(
     )
 
 
-def layer_spec(provider: GPTModelProvider) -> ModuleSpec:
-    """Return the modules of one layer: Transformer Engine's on a GPU, else torch's under the same names."""
-    if uses_transformer_engine(provider):
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=provider.qk_layernorm)
-    return get_gpt_layer_local_spec(qk_layernorm=provider.qk_layernorm, normalization=provider.normalization)
-
-
 def provide(
     provider: GPTModelProvider,
     pre_process: bool | None = None,
@@ -113,9 +67,10 @@ def provide(
         pre_process = parallel_state.is_pipeline_first_stage(**stage)
     if post_process is None:
         post_process = parallel_state.is_pipeline_last_stage(**stage)
+    config = config or transformer_config(provider)
     model = GPTModel(
-        config or transformer_config(provider),
-        layer_spec(provider),
+        config,
+        layer_spec(provider, config, vp_stage),
         vocab_size=provider.padded_vocab_size,
         max_sequence_length=provider.max_position_embeddings,
         pre_process=pre_process,

@@ -46,12 +46,66 @@ class GPTModelProvider:
     init_method_std: float = 0.02
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    layernorm_zero_centered_gamma: bool = False
+    # clamp and offset of gpt-oss' gated activation
+    activation_func_clamp_value: float | None = None
+    glu_linear_offset: float = 0.0
+    # window_size holds for all layers but every nth, or for those with a 1 in the list
+    window_attn_skip_freq: int | list[int] | None = None
+    softmax_type: str = "vanilla"
+    # None: one over the square root of the head size
+    softmax_scale: float | None = None
+
+    # None: a dense model
+    num_moe_experts: int | None = None
+    # 1: experts in every layer; a list has a 1 for each layer with experts
+    moe_layer_freq: int | list[int] = 1
+    moe_ffn_hidden_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_gate: bool = False
+    moe_router_topk: int = 2
+    moe_router_score_function: str = "softmax"
+    moe_router_pre_softmax: bool = False
+    moe_router_num_groups: int | None = None
+    moe_router_group_topk: int | None = None
+    moe_router_topk_scaling_factor: float | None = None
+    moe_router_enable_expert_bias: bool = False
+    moe_router_bias_update_rate: float = 1e-3
+    moe_router_load_balancing_type: str = "aux_loss"
+    moe_aux_loss_coeff: float = 0.0
+    moe_z_loss_coeff: float | None = None
+    moe_router_dtype: str | None = "fp32"
+    moe_token_dispatcher_type: str = "alltoall"
+
+    multi_latent_attention: bool = False
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 0
+    qk_head_dim: int = 0
+    qk_pos_emb_head_dim: int = 0
+    v_head_dim: int = 0
+
+    mtp_num_layers: int | None = None
+    mtp_loss_scaling_factor: float = 0.1
+
+    # What Megatron Core has no field for; bridge.layer_spec and bridge.model bring the modules.
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    # factor on the embedding's output
+    embedding_scale: float | None = None
+    # norms in front of attention and MLP, and norms on what the two add to the residual
+    pre_layernorm: bool = True
+    post_layernorm: bool = False
+    # qk_layernorm over each "head", or over all heads of a "layer" at once
+    qk_layernorm_scope: str = "head"
+    # rope_parameters of the layers with a sliding window, where they differ
+    rope_local_parameters: dict[str, Any] | None = None
 
     share_embeddings_and_output_weights: bool = False
     make_vocab_size_divisible_by: int = 128
     position_embedding_type: str = "rope"
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
     # transformers' normal form: {"rope_type": "llama3", "rope_theta": ..., "factor": ...}
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default"})
 
@@ -80,6 +134,23 @@ class GPTModelProvider:
         """Rows of the embedding in memory: a multiple of `make_vocab_size_divisible_by` on every rank."""
         multiple = self.make_vocab_size_divisible_by * self.tensor_model_parallel_size
         return -(-self.vocab_size // multiple) * multiple
+
+    @property
+    def moe_layers(self) -> list[bool]:
+        """Say for each layer whether its MLP is a mixture of experts."""
+        if self.num_moe_experts is None:
+            return [False] * self.num_layers
+        if isinstance(self.moe_layer_freq, int):
+            return [layer % self.moe_layer_freq == 0 for layer in range(self.num_layers)]
+        return [bool(number) for number in self.moe_layer_freq]
+
+    @property
+    def homogeneous_layers(self) -> bool:
+        """Say whether Megatron saves all layers as one tensor with a leading axis.
+
+        As TransformerBlock.sharded_state_dict has it (megatron/core/transformer/transformer_block.py).
+        """
+        return self.moe_layer_freq == 1
 
     @property
     def model_parallel_size(self) -> int:
