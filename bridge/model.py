@@ -20,13 +20,16 @@ from bridge.rotary import inverse_frequencies
 ACTIVATIONS = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
 
 # Fields that are set below in Megatron's types.
-CONVERTED = {"activation_func", "params_dtype"}
+CONVERTED = {"activation_func", "params_dtype", "transformer_impl"}
 
 
 def transformer_config(
-    provider: GPTModelProvider, *, perform_initialization: bool = True
+    provider: GPTModelProvider, *, perform_initialization: bool = True, **settings: Any
 ) -> TransformerConfig:
-    """Build Megatron Core's config; without `perform_initialization` weights are unset until loaded."""
+    """Build Megatron Core's config; without `perform_initialization` weights are unset until loaded.
+
+    `settings` are fields of it that describe a run rather than a model, such as those of FP8.
+    """
     provider.finalize()
     if not uses_transformer_engine(provider) and provider.context_parallel_size > 1:
         raise ConfigError(
@@ -37,8 +40,10 @@ def transformer_config(
     interleaved = provider.virtual_pipeline_model_parallel_size is not None
     config_class = MLATransformerConfig if provider.multi_latent_attention else TransformerConfig
     known = {field.name for field in dataclasses.fields(config_class)}
+    described = {name: value for name, value in vars(provider).items() if name in known - CONVERTED}
     return config_class(
-        **{name: value for name, value in vars(provider).items() if name in known - CONVERTED},
+        **{**described, **settings},
+        transformer_impl="transformer_engine" if uses_transformer_engine(provider) else "local",
         activation_func=ACTIVATIONS[provider.activation_func],
         params_dtype=dtype,
         pipeline_dtype=dtype,

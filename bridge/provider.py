@@ -116,6 +116,11 @@ class GPTModelProvider:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
+    num_layers_in_first_pipeline_stage: int | None = None
+    num_layers_in_last_pipeline_stage: int | None = None
+    account_for_embedding_in_pipeline_split: bool = False
+    account_for_loss_in_pipeline_split: bool = False
+    pipeline_model_parallel_layout: str | None = None
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     expert_tensor_parallel_size: int | None = None
@@ -124,6 +129,22 @@ class GPTModelProvider:
     recompute_granularity: str | None = None
     recompute_method: str | None = None
     recompute_num_layers: int | None = None
+    # of selective recomputation: core_attn, mlp, layernorm, moe_act, moe, mla_up_proj, shared_experts
+    recompute_modules: list[str] | None = None
+    # activations of so many layers wait in the host's memory for their backward pass
+    cpu_offloading: bool = False
+    cpu_offloading_num_layers: int = 0
+    cpu_offloading_activations: bool = True
+    cpu_offloading_weights: bool = False
+
+    # None: in training on where the device and the model have them (training.run_settings), else off
+    bias_activation_fusion: bool | None = None
+    bias_dropout_fusion: bool | None = None
+    masked_softmax_fusion: bool | None = None
+    apply_rope_fusion: bool | None = None
+    cross_entropy_loss_fusion: bool | None = None
+    gradient_accumulation_fusion: bool | None = None
+    cross_entropy_fusion_impl: str = "te"
 
     hf_model_type: str = ""
     # the config that the model came from, whose spelling an export keeps where it still holds
@@ -185,7 +206,9 @@ class GPTModelProvider:
                 raise ConfigError(f"model.{name} is {value!r}: allowed are {', '.join(allowed)}")
 
     def _check_parallel_sizes(self) -> None:
-        tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
+        from bridge.pipeline_split import check_pipeline_split
+
+        tensor = self.tensor_model_parallel_size
         for name in PARALLEL_SIZES:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}: give 1 or more")
@@ -195,16 +218,7 @@ class GPTModelProvider:
                     f"model.{name} {getattr(self, name)} is not divisible by"
                     f" tensor_model_parallel_size {tensor}: choose a divisor of {getattr(self, name)}"
                 )
-        stages = pipeline * (self.virtual_pipeline_model_parallel_size or 1)
-        if self.num_layers % stages:
-            raise ConfigError(
-                f"model.num_layers {self.num_layers} is not divisible by the {stages} pipeline stages"
-                f" (pipeline {pipeline} x virtual {self.virtual_pipeline_model_parallel_size or 1})"
-            )
-        if self.virtual_pipeline_model_parallel_size and pipeline == 1:
-            raise ConfigError(
-                "model.virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size > 1"
-            )
+        check_pipeline_split(self)
         if self.sequence_parallel and tensor == 1:
             raise ConfigError("model.sequence_parallel needs tensor_model_parallel_size > 1")
 
