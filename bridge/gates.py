@@ -1,4 +1,7 @@
-"""The gates on logits: which differences between two implementations of one model are rounding, by dtype."""
+"""The gates on logits and hidden states: which differences between two computations of one model are rounding.
+
+Every threshold that depends on a dtype stands here.
+"""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,6 +49,8 @@ LOGITS_THRESHOLDS = {
         max_abs=5e-2, mean_abs=1e-2, kl=2e-2, top1_agreement=0.9, top5_agreement=0.9, cosine=0.999
     ),
 }
+# Distance of two hidden states as a share of the longer one, at any position of any layer.
+HIDDEN_THRESHOLDS = {"float32": 1e-4, "bfloat16": 5e-2}
 ABSOLUTE = ("max_abs", "mean_abs")
 AT_LEAST = ("top1_agreement", "top5_agreement", "cosine")
 
@@ -67,6 +72,37 @@ def judge_logits(metrics: LogitsMetrics, dtype: str) -> dict[str, Any]:
         if name in bounds and not within(name, value, bounds[name])
     ]
     return {"passed": not failures, "metrics": asdict(metrics), "thresholds": bounds, "failures": failures}
+
+
+def judge_hidden_states(relative: list[float], dtype: str) -> dict[str, Any]:
+    """Return the verdict on the largest difference of each layer, from the first one's input (0) on.
+
+    `parts_at` is the first layer over the threshold, None if there is none.
+    """
+    bound = HIDDEN_THRESHOLDS[dtype]
+    over = [layer for layer, value in enumerate(relative) if not within("relative", value, bound)]
+    last = len(relative) - 1
+    failures = [
+        f"hidden states part {place_of(layer, last)}: by {relative[layer]:.3g} of their length,"
+        f" which may be at most {bound:.3g}"
+        for layer in over[:1]
+    ]
+    # max() would pass over a NaN
+    worst = next((relative[layer] for layer in over if relative[layer] != relative[layer]), max(relative))
+    return {
+        "passed": not over,
+        "metrics": {"relative": worst},
+        "thresholds": {"relative": bound},
+        "failures": failures,
+        "parts_at": over[0] if over else None,
+        "num_layers": last,
+        "by_layer": relative,
+    }
+
+
+def place_of(layer: int, num_layers: int) -> str:
+    """Say where in a model a hidden state is; 0 is what the first layer is given."""
+    return f"at layer {layer} of {num_layers}" if layer else f"before layer 1 of {num_layers}"
 
 
 def within(name: str, value: float, bound: float) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -10,27 +10,40 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from bridge.distributed import device
+from bridge.prompts import Prompts
 from bridge.provider import GPTModelProvider
 
-Prompts = list[list[int]]
+
+class Loaded(NamedTuple):
+    """A model of transformers, and what its loader had to say: names of tensors by what is wrong with them."""
+
+    model: Any
+    complaints: dict[str, list[str]]
 
 
-@torch.no_grad()
-def hf_logits(folder: Path, prompts: Prompts, dtype: str) -> list[torch.Tensor]:
-    """Return [positions, vocabulary] in float32 on the CPU for each prompt, computed by transformers."""
+def load_hf(folder: Path, dtype: str) -> Loaded:
+    """Load a Hugging Face folder by transformers in `dtype`, on this rank's device."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, dtype),
         attn_implementation="eager",  # the plain formula, which defines what the model says
         local_files_only=True,
         trust_remote_code=False,
         use_safetensors=True,
+        output_loading_info=True,
     )
-    model.eval().to(device())
+    complaints = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys")}
+    return Loaded(model.eval().to(device()), complaints)
+
+
+@torch.no_grad()
+def hf_logits(folder: Path, prompts: Prompts, dtype: str) -> list[torch.Tensor]:
+    """Return [positions, vocabulary] in float32 on the CPU for each prompt, computed by transformers."""
+    model = load_hf(folder, dtype).model
     return [model(torch.tensor([prompt], device=device())).logits[0].float().cpu() for prompt in prompts]
 
 
@@ -41,29 +54,43 @@ def megatron_logits(
     """Return the same as `hf_logits`, computed by all ranks of a sharded model together and known to each."""
     assert len(chunks) == 1, "an interleaved pipeline is for training"
     chunks[0].eval()
-    return [prompt_logits(chunks[0], provider, prompt) for prompt in prompts]
+    return [everywhere(run_prompt(chunks[0], provider, prompt), provider, prompt) for prompt in prompts]
 
 
-def prompt_logits(model: torch.nn.Module, provider: GPTModelProvider, prompt: list[int]) -> torch.Tensor:
-    """Run one prompt through the pipeline and give its logits to every rank."""
-    shape = (1, len(prompt), provider.padded_vocab_size)
+def everywhere(logits: torch.Tensor | None, provider: GPTModelProvider, prompt: list[int]) -> torch.Tensor:
+    """Give the last pipeline stage's logits to every rank, in float32 on the CPU."""
+    if logits is None:
+        logits = torch.empty(len(prompt), provider.vocab_size, device=device())
+    logits = logits.float().contiguous()
+    torch.distributed.broadcast(logits, src=first_rank_of_last_stage())
+    return logits.cpu()
+
+
+@torch.no_grad()
+def run_prompt(model: torch.nn.Module, provider: GPTModelProvider, prompt: list[int]) -> torch.Tensor | None:
+    """Run one prompt through the pipeline; the ranks of its last stage return [positions, vocabulary]."""
+    tokens = filled_up(prompt, provider)
     found: list[torch.Tensor] = []
     get_forward_backward_func()(
-        forward_step_func=forward_step(prompt, found),
+        forward_step_func=forward_step(tokens, found),
         data_iterator=None,
         model=model,
         num_microbatches=1,
-        seq_length=len(prompt),
+        seq_length=len(tokens),
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,
     )
-    if parallel_state.is_pipeline_last_stage():
-        logits = gather_from_tensor_model_parallel_region(found[0]).float().contiguous()
-    else:
-        logits = torch.empty(shape, dtype=torch.float32, device=device())
-    torch.distributed.broadcast(logits, src=first_rank_of_last_stage())
-    return logits[0, :, : provider.vocab_size].cpu()
+    if not parallel_state.is_pipeline_last_stage():
+        return None
+    logits = gather_from_tensor_model_parallel_region(found[0])
+    return logits[0, : len(prompt), : provider.vocab_size]
+
+
+def filled_up(prompt: list[int], provider: GPTModelProvider) -> list[int]:
+    """Sequence parallelism cuts a prompt in equal parts; what is put after its end cannot change its logits."""
+    parts = provider.tensor_model_parallel_size if provider.sequence_parallel else 1
+    return prompt + [0] * (-len(prompt) % parts)
 
 
 def forward_step(prompt: list[int], found: list[torch.Tensor]) -> Any:
@@ -86,3 +113,9 @@ def first_rank_of_last_stage() -> int:
     """Pipeline stages are the outermost axis of Megatron's order of ranks (tp-cp-ep-dp-pp)."""
     ranks = torch.distributed.get_world_size()
     return ranks - ranks // parallel_state.get_pipeline_model_parallel_world_size()
+
+
+def is_first_of_stage() -> bool:
+    """Say whether this rank speaks for its pipeline stage."""
+    ranks = torch.distributed.get_world_size() // parallel_state.get_pipeline_model_parallel_world_size()
+    return torch.distributed.get_rank() % ranks == 0

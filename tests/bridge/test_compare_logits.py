@@ -12,11 +12,12 @@ from process_groups import run_ranks
 from safetensors.torch import load_file, save_file
 
 from bridge import compare_logits, distributed
-from bridge.errors import ConfigError, InputError
+from bridge.errors import ConfigError
 from bridge.importer import import_checkpoint
 
 Weights = dict[str, torch.Tensor]
-LAYER = "model.layers.1"
+LAYER = "model.layers.2"
+FAULTY = 3  # layers are counted from 1 where a person reads it
 
 
 def permute_heads(weights: Weights) -> None:
@@ -96,6 +97,8 @@ def test_mutated_weights_fail(
     report = compare(llama, tmp_path / "megatron", dtype)
     assert not report["gate"]["passed"], report["gate"]
     assert report["gate"]["failures"]
+    if mutate is not spoil_one_value:  # which is behind the last layer
+        assert report["hidden_states"]["parts_at"] == FAULTY, report["hidden_states"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -122,31 +125,55 @@ def test_wrong_rotary_embedding_fails(
     assert not report["gate"]["passed"], report["gate"]
 
 
-def test_job_runs_on_two_ranks_with_prompts_from_a_file(llama: Path, tmp_path: Path) -> None:
+def test_ends_of_different_shape_are_not_measured(llama: Path, hf_checkpoint: Callable[..., Path]) -> None:
+    report = compare(llama, hf_checkpoint("llama", num_hidden_layers=2))
+    assert not report["gate"]["passed"]
+    assert report["gate"]["failures"] == [
+        "not measured: num_layers is 4 at one end and 2 at the other",
+    ]
+
+
+def test_transformers_complains_of_a_tensor_that_is_not_there(llama: Path, tmp_path: Path) -> None:
+    name = f"{LAYER}.self_attn.k_proj.weight"
+    report = compare(llama, without_tensor(llama, tmp_path / "hf", name))
+    assert report["reload"]["failures"] == [f"{tmp_path / 'hf'}: transformers finds missing_keys: {name}"]
+
+
+def without_tensor(source: Path, folder: Path, name: str) -> Path:
+    copy_checkpoint(source, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = folder / index["weight_map"].pop(name)
+    save_file({n: w for n, w in load_file(shard).items() if n != name}, shard, metadata={"format": "pt"})
+    edit_json(folder / "model.safetensors.index.json", weight_map=index["weight_map"])
+    return folder
+
+
+@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
+def test_ranks_together_find_the_layer_where_two_megatron_ends_part(
+    sizes: tuple[int, int], llama: Path, tmp_path: Path
+) -> None:
+    """The faulty layer is on the second stage of two; prompts come from a file."""
     import_checkpoint(llama, tmp_path / "megatron")
+    import_checkpoint(mutated_weights(llama, tmp_path / "hf", zero_keys), tmp_path / "mutated")
     (tmp_path / "prompts.json").write_text(json.dumps([[5, 6, 7], [9, 8, 7, 6, 5]]))
     config = {
         "a": str(tmp_path / "megatron"),
-        "b": str(llama),
+        "b": str(tmp_path / "mutated"),
         "dtype": "float32",
         "prompts_file": str(tmp_path / "prompts.json"),
-        "tensor_model_parallel_size": 2,
+        "tensor_model_parallel_size": sizes[0],
+        "pipeline_model_parallel_size": sizes[1],
+        "layers_table": str(tmp_path / "layers.jsonl"),
+        "scratch": str(tmp_path),
     }
     report = run_ranks(2, "bridge.compare_logits", config, tmp_path / "job")
-    assert report["gate"]["passed"], report
     assert report["num_positions"] == 8
-
-
-def test_prompts_depend_on_the_seed_alone() -> None:
-    config = {"num_prompts": 3, "prompt_length": 5, "seed": 7}
-    prompts = compare_logits.prompts_of(config, vocab_size=100)
-    assert prompts == compare_logits.prompts_of(config, vocab_size=100)
-    assert [len(prompt) for prompt in prompts] == [5, 5, 5]
-
-
-def test_prompt_outside_the_vocabulary_is_refused() -> None:
-    with pytest.raises(InputError, match="token 100 of a prompt is outside the vocabulary of 100"):
-        compare_logits.prompts_of({"prompts": [[1, 100]]}, vocab_size=100)
+    assert report["hidden_states"]["parts_at"] == FAULTY
+    assert report["hidden_states"]["by_layer"][:FAULTY] == [0.0] * FAULTY
+    assert not report["gate"]["passed"]
+    rows = [json.loads(line) for line in (tmp_path / "layers.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["layer"]) for row in rows] == [(p, n) for p in (0, 1) for n in range(5)]
+    assert not list(tmp_path.glob("bridgeworks-trace-*"))
 
 
 def test_dtype_without_thresholds_is_refused(llama: Path) -> None:
