@@ -20,8 +20,8 @@ class ConfigDifference(NamedTuple):
 def describe(end: Path) -> GPTModelProvider:
     """Describe the model of either kind of folder, its run settings at their defaults.
 
-    What a training run has set besides (layout, recomputation) is no part of a config.json, so it is dropped by
-    writing the model's config and reading that.
+    What a training run has set besides (layout, recomputation) is no part of a config.json, so it is dropped
+    by writing the model's config and reading that.
     """
     if not is_megatron_checkpoint(end):
         return provider_of(read_config(end))

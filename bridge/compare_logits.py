@@ -1,9 +1,9 @@
 """The parity job: do two checkpoints say the same, at every position of several prompts and at every layer?
 
 Each end is a Hugging Face folder, computed by transformers on the first rank, or a Megatron folder, computed
-by all ranks together. Both compute in one dtype, whatever their weights are stored in. What the first end says
-goes to files, layer by layer; the second one is compared with them as it computes, so that no more than one
-model and one layer's states are in memory.
+by all ranks together. Both compute in one dtype, whatever their weights are stored in. What the first end
+says goes to files, layer by layer; the second one is compared with them as it computes, so that no more than
+one model and one layer's states are in memory.
 """
 
 import os
@@ -61,7 +61,7 @@ def compared(config: dict[str, Any], layout: GPTModelProvider) -> dict[str, Any]
     with shared_folder(config.get("scratch")) as folder:
         trace = TraceFolder(folder)
         complaints = run_end(a, prompts, layout, trace.keep)
-        torch.distributed.barrier()  # a stage of the second end reads what another stage of the first one wrote
+        torch.distributed.barrier()  # what one rank writes another one reads
         differences = Differences(prompts, trace)
         complaints += run_end(b, prompts, layout, differences.compare)
         torch.distributed.barrier()  # before the folder is removed

@@ -1,4 +1,4 @@
-"""How far two models are apart: at each position of a prompt by their logits, at each layer by hidden states."""
+"""How far two models are apart: their logits at each position of a prompt, their hidden states at each layer."""
 
 import json
 from pathlib import Path

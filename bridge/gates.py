@@ -1,4 +1,4 @@
-"""The gates on logits and hidden states: which differences between two computations of one model are rounding.
+"""The gates on logits and hidden states: which differences of two computations of one model are rounding.
 
 Every threshold that depends on a dtype stands here.
 """

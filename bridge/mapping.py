@@ -236,6 +236,9 @@ class WeightPlan:
     transposed: frozenset[str] = frozenset()
     """Hugging Face names whose last two axes are stored in the other order than the blocks count rows in."""
 
+    rules: dict[str, str] = field(default_factory=dict)
+    """The kind of rule and the Megatron tensor that carry each Hugging Face tensor, for people."""
+
     def columns(self, key: str, lead: tuple[int, ...]) -> Shape:
         """Return the shape of one row of `key[lead]`, and of the Hugging Face rows that it is made of."""
         return self.megatron_shapes[key][len(lead) + 1 :]
@@ -290,6 +293,7 @@ class MegatronMappingRegistry:
             plan.megatron_shapes[place.key] = megatron_shape
             names = {name: at_lead(name, place.numbers) for name in shapes}
             plan.hf_shapes.update({names[name]: shape for name, shape in stored.items()})
+            plan.rules.update(dict.fromkeys(names.values(), f"{type(mapping).__name__} {place.key}"))
             if mapping.transposed:
                 plan.transposed |= set(names.values())
             plan.blocks.extend(

@@ -12,7 +12,7 @@ Prompts = list[list[int]]
 
 
 def prompts_of(config: dict[str, Any], vocab_size: int) -> Prompts:
-    """Return a job's prompts: `prompts`, those of `prompts_file`, or random ones that depend on the seed alone.
+    """Return a job's `prompts`, those of `prompts_file`, or random ones that depend on the seed alone.
 
     The ends `a` and `b` are asked for a tokenizer when the file is text. A token outside the vocabulary is an
     InputError.

@@ -1,4 +1,4 @@
-"""What a model says to a prompt, layer by layer: shown as it is computed, and kept in files for a comparison."""
+"""What a model says to a prompt, layer by layer: shown as it is computed, and kept in files to compare with."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -37,7 +37,7 @@ def test_file_of_token_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["[[1, 2]", "[1, 2]", '[["a"]]', "[[true]]", "[]", "[[]]"])
 def test_file_of_something_else_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.json").write_text(content)
-    with pytest.raises(InputError, match="lists of token ids|not valid JSON"):
+    with pytest.raises(InputError, match=r"lists of token ids|not valid JSON"):
         from_file(tmp_path / "prompts.json", tmp_path)
 
 
