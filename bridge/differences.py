@@ -1,4 +1,4 @@
-"""How far two models are apart: their logits at each position of a prompt, their hidden states at each layer."""
+"""How far two models are apart: their logits at each position of a prompt, hidden states at each layer."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from bridge.prompts import Prompts
 from bridge.trace import LOGITS, TraceFolder
 
 TOP = 5
-POSITIONS_AT_ONCE = 128  # whole prompts would take gigabytes with a vocabulary of 150,000
+POSITIONS_AT_ONCE = 32  # whole prompts would take gigabytes with a vocabulary of 150,000
 Row = dict[str, Any]
 
 
@@ -41,7 +41,7 @@ class Differences:
 def position_rows(number: int, prompt: list[int], a: torch.Tensor, b: torch.Tensor) -> list[Row]:
     """Return a row of differences for every position of one prompt."""
     parts = zip(a.split(POSITIONS_AT_ONCE), b.split(POSITIONS_AT_ONCE), strict=True)
-    metrics = [position_metrics(left.float(), right.float()) for left, right in parts]
+    metrics = [position_metrics(left.double(), right.double()) for left, right in parts]
     columns = {name: torch.cat([part[name] for part in metrics]).tolist() for name in metrics[0]}
     return [
         {"prompt": number, "position": position, "token": token}
@@ -51,7 +51,7 @@ def position_rows(number: int, prompt: list[int], a: torch.Tensor, b: torch.Tens
 
 
 def position_metrics(a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return for [positions, vocabulary] of logits one value a position for each metric."""
+    """Return for [positions, vocabulary] of logits in float64 one value a position for each metric."""
     difference = (a - b).abs()
     log_a, log_b = functional.log_softmax(a, -1), functional.log_softmax(b, -1)
     top = min(TOP, a.shape[-1])
@@ -62,8 +62,8 @@ def position_metrics(a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor
         "kl": functional.kl_div(log_b, log_a, log_target=True, reduction="none").sum(-1).clamp(min=0),
         "top1": a.argmax(-1),
         "top1_other": b.argmax(-1),
-        "top5_shared": (top_a[:, :, None] == top_b[:, None, :]).any(-1).float().mean(-1),
-        "cosine": functional.cosine_similarity(a.double(), b.double(), dim=-1),
+        "top5_shared": (top_a[:, :, None] == top_b[:, None, :]).any(-1).double().mean(-1),
+        "cosine": functional.cosine_similarity(a, b, dim=-1),
         "scale": torch.maximum(a.abs().amax(-1), b.abs().amax(-1)),
     }
 

@@ -14,10 +14,16 @@ from bridge.hf_checkpoint import CONFIG, HfCheckpoint, TensorSlice
 from bridge.hf_view import HfView
 from bridge.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 
+EQUAL, DIFFERENT, ONLY_A, ONLY_B = "equal", "different", "only in a", "only in b"
+STATES = (EQUAL, DIFFERENT, ONLY_A, ONLY_B)
+
 
 @dataclass(frozen=True)
 class LedgerRecord:
-    """One tensor by its Hugging Face name; `file` and `offset` say where its first byte lies at this end."""
+    """One tensor by its Hugging Face name; `file` and `offset` say where its first byte lies at this end.
+
+    `rule` is the kind of weight rule and the Megatron tensor that carry it.
+    """
 
     name: str
     file: str
@@ -25,6 +31,7 @@ class LedgerRecord:
     shape: tuple[int, ...]
     dtype: str
     sha256: str
+    rule: str
 
     @property
     def content(self) -> tuple[tuple[int, ...], str, str]:
@@ -41,17 +48,41 @@ class Ledger:
 
 
 @dataclass(frozen=True)
-class LedgerComparison:
-    """Names of tensors: in the first ledger only, in the second only, in both with other content, equal."""
+class LedgerRow:
+    """One tensor at both ends; None where an end has no such tensor."""
 
-    missing: tuple[str, ...]
-    extra: tuple[str, ...]
-    different: tuple[str, ...]
-    equal: tuple[str, ...]
+    name: str
+    a: LedgerRecord | None
+    b: LedgerRecord | None
+
+    @property
+    def rule(self) -> str:
+        """The rule that carries it, by an end that has it."""
+        record = self.a or self.b
+        assert record, "a row is of some end's tensor"
+        return record.rule
+
+    @property
+    def state(self) -> str:
+        """Return one of STATES."""
+        if self.a is None or self.b is None:
+            return ONLY_B if self.a is None else ONLY_A
+        return EQUAL if self.a.content == self.b.content else DIFFERENT
+
+
+@dataclass(frozen=True)
+class LedgerComparison:
+    """Two ledgers side by side, in the order of names."""
+
+    rows: tuple[LedgerRow, ...]
 
     @property
     def passed(self) -> bool:
-        return not (self.missing or self.extra or self.different)
+        return all(row.state == EQUAL for row in self.rows)
+
+    def names(self, state: str) -> tuple[str, ...]:
+        """List the tensors in one of STATES."""
+        return tuple(row.name for row in self.rows if row.state == state)
 
 
 def ledger(path: str | Path, *, workers: int = 2, progress: Progress | None = None) -> Ledger:
@@ -68,15 +99,10 @@ def ledger(path: str | Path, *, workers: int = 2, progress: Progress | None = No
 
 
 def compare_ledgers(a: Ledger, b: Ledger) -> LedgerComparison:
-    """Compare two ends tensor by tensor; `missing` is what `a` has and `b` has not."""
-    first, second = ({record.name: record.content for record in end.records} for end in (a, b))
-    common = sorted(set(first) & set(second))
-    return LedgerComparison(
-        missing=tuple(sorted(set(first) - set(second))),
-        extra=tuple(sorted(set(second) - set(first))),
-        different=tuple(name for name in common if first[name] != second[name]),
-        equal=tuple(name for name in common if first[name] == second[name]),
-    )
+    """Put two ends side by side, tensor by tensor."""
+    first, second = ({record.name: record for record in end.records} for end in (a, b))
+    names = sorted(first.keys() | second.keys())
+    return LedgerComparison(tuple(LedgerRow(name, first.get(name), second.get(name)) for name in names))
 
 
 def _hf_records(checkpoint: HfCheckpoint, workers: int, progress: Progress | None) -> Iterable[LedgerRecord]:
@@ -90,9 +116,8 @@ def _hf_records(checkpoint: HfCheckpoint, workers: int, progress: Progress | Non
     def digest(name: str) -> None:
         tensor = tensors[name]
         sha256 = _digest_slice(tensor, files, buffer.view)
-        records.append(
-            LedgerRecord(name, tensor.file.name, tensor.offset, tensor.shape, tensor.dtype, sha256)
-        )
+        file, offset = tensor.file.name, tensor.offset
+        records.append(LedgerRecord(name, file, offset, tensor.shape, tensor.dtype, sha256, plan.rules[name]))
         counter.add(tensor.nbytes)
 
     with OpenFiles() as files:
@@ -114,18 +139,20 @@ def _megatron_records(
     checkpoint: MegatronCheckpoint, workers: int, progress: Progress | None
 ) -> Iterable[LedgerRecord]:
     records: list[LedgerRecord] = []
+    rules = checkpoint.plan().rules
     with OpenFiles() as files:
         view = HfView(checkpoint, files)
         counter = ProgressCounter(sum(tensor.nbytes for tensor in view.tensors.values()), progress)
 
-        def digest(name: str) -> None:
+        def record(name: str) -> None:
             tensor = view.tensors[name]
             sha256 = hashlib.sha256()
             for data in view.read(name, 0, tensor.shape[0]):
                 sha256.update(data)
             file, offset = view.place(name)
-            records.append(LedgerRecord(name, file, offset, tensor.shape, tensor.dtype, sha256.hexdigest()))
+            digest = sha256.hexdigest()
+            records.append(LedgerRecord(name, file, offset, tensor.shape, tensor.dtype, digest, rules[name]))
             counter.add(tensor.nbytes)
 
-        for_each(digest, view.tensors, workers)
+        for_each(record, view.tensors, workers)
     return records

@@ -15,7 +15,7 @@ from bridge.provider import GPTModelProvider
 
 
 class Loaded(NamedTuple):
-    """A model of transformers and what its loader complains of: names of tensors by what is wrong with them."""
+    """A model of transformers and what its loader complains of: names of tensors by what is wrong."""
 
     model: Any
     complaints: dict[str, list[str]]
@@ -88,7 +88,7 @@ def run_prompt(model: torch.nn.Module, provider: GPTModelProvider, prompt: list[
 
 
 def filled_up(prompt: list[int], provider: GPTModelProvider) -> list[int]:
-    """Sequence parallelism cuts a prompt in equal parts; what is put after its end changes no logits before."""
+    """Sequence parallelism cuts a prompt in equal parts; what is put after its end changes nothing before."""
     parts = provider.tensor_model_parallel_size if provider.sequence_parallel else 1
     return prompt + [0] * (-len(prompt) % parts)
 

@@ -1,4 +1,4 @@
-"""What a model says to a prompt, layer by layer: shown as it is computed, and kept in files to compare with."""
+"""What a model says to a prompt, layer by layer: shown as it is computed, or kept in files."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -24,6 +24,7 @@ app.add_typer(audit, name="audit")
 class Gate(StrEnum):
     """The gates of `compare`."""
 
+    CONFIG = "config"
     TENSORS = "tensors"
     LOGITS = "logits"
 
@@ -181,31 +182,52 @@ def compare(
     b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     tp: Tensor = 1,
     pp: Pipeline = 1,
+    ep: Annotated[int, typer.Option("--ep", min=1, max=64, help="expert_model_parallel_size")] = 1,
     dtype: Annotated[
-        str, typer.Option(help="float32 or bfloat16; the thresholds follow from it.")
-    ] = "float32",
-    prompts: Annotated[Path | None, typer.Option(help="JSON file: a list of lists of token ids.")] = None,
+        list[str] | None,
+        typer.Option(help="float32 (default) or bfloat16; the thresholds follow from it. May be repeated."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A .json file of lists of token ids, or a text file with a prompt a line."),
+    ] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Random prompts, without --prompts.")] = 4,
     prompt_length: Annotated[int, typer.Option(min=2, help="Tokens of each random prompt.")] = 64,
-    only: Annotated[Gate | None, typer.Option(help="Leave out the other gate; tensors need no job.")] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the verdicts to this JSON file.")] = None,
+    only: Annotated[Gate | None, typer.Option(help="Leave out the other gates.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the verdicts to this .json file, or with all tables to this folder."),
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the differences by position and by layer to this PNG.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Compare two checkpoints: every tensor bit for bit, then the logits at every position.
+    """Compare two checkpoints: every setting, every tensor bit for bit, logits and hidden states.
+
+    Logits are compared at every position, hidden states at every layer, and the first layer at which the two
+    part is named.
 
     Exit code 1 if a gate fails. Example: `bridgeworks compare llama-1b megatron/llama-1b --tp 2`
     """
     from flows import compare as comparison
 
-    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    sizes = {"tensor": tp, "pipeline": pp, "expert": ep}
     settings = {
-        "dtype": dtype,
+        **{f"{kind}_model_parallel_size": size for kind, size in sizes.items()},
         "prompts_file": str(prompts.absolute()) if prompts else None,
         "num_prompts": num_prompts,
         "prompt_length": prompt_length,
     }
     comparison.compare(
-        a, b, {**layout, **settings}, gates={only} if only else set(Gate), report=report, as_json=json
+        a,
+        b,
+        settings,
+        dtypes=dtype or ["float32"],
+        gates={only} if only else set(Gate),
+        report=report,
+        picture=picture,
+        as_json=json,
     )
 
 
@@ -276,6 +298,23 @@ def recipes(
         return
     config = apply_overrides(recipe_named(name)(), changes or []).to_dict()
     print_json(config) if json else print(yaml.safe_dump(config, sort_keys=False), end="")
+
+
+@app.command("plan-parallel")
+def plan_parallel(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A recipe, or a Hugging Face folder.")],
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs the job gets.")],
+    gpu: Annotated[str, typer.Option(help="Which: a100-40gb, a100-80gb, h100, h200 or b200.")] = "h100",
+    changes: Set = None,
+    json: Json = False,
+) -> None:
+    """Estimate memory and speed of every parallel layout of a model, and choose the quickest that fits.
+
+    Example: `bridgeworks plan-parallel llama31_70b_pretrain_config --gpus 64 --set model.seq_length=8192`
+    """
+    from flows.plan_parallel import show_plan
+
+    show_plan(model, gpus, gpu, changes or [], as_json=json)
 
 
 @app.command()

@@ -1,5 +1,6 @@
-"""`bridgeworks compare`: the ledger and the logits of two checkpoints, each a gate."""
+"""`bridgeworks compare`: config, tensors, logits and hidden states of two checkpoints, each a gate."""
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -7,35 +8,86 @@ from typing import Any
 import typer
 
 from bridge.errors import InputError
-from bridge.gates import thresholds_for
+from bridge.gates import place_of, thresholds_for
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.job import write_json
 from bridge.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from flows.console import print_json, print_table
-from tasks.gates import Verdict, check_digests, gate_rows
+from tasks.gates import (
+    LEDGER,
+    PICTURE,
+    REPORT,
+    Verdict,
+    check_config,
+    check_coverage,
+    check_digests,
+    gate_rows,
+    measure_logits,
+)
 from tasks.launch import launch
 
 
 def compare(
-    a: Path, b: Path, settings: dict[str, Any], *, gates: set[str], report: Path | None, as_json: bool
+    a: Path,
+    b: Path,
+    settings: dict[str, Any],
+    *,
+    dtypes: list[str],
+    gates: set[str],
+    report: Path | None,
+    picture: Path | None,
+    as_json: bool,
 ) -> None:
     """Run the gates, show their verdicts and end with exit code 1 if one failed."""
     a, b = a.absolute(), b.absolute()
-    thresholds_for(settings["dtype"])
+    for dtype in dtypes:
+        thresholds_for(dtype)
     for end in (a, b):
         check_end(end)
-    with tempfile.TemporaryDirectory(prefix="bridgeworks-compare-") as folder:
-        verdicts = []
-        if "tensors" in gates:
-            verdicts.append(check_digests(a, b, Path(folder) / "ledger.csv", "tensors"))
-        if "logits" in gates:
-            verdicts.append(check_logits(a, b, settings, Path(folder)))
-    result = {"passed": all(each["passed"] for each in verdicts), "a": str(a), "b": str(b), "gates": verdicts}
-    if report:
-        write_json(report.absolute(), result)
+    with tempfile.TemporaryDirectory(prefix="bridgeworks-compare-") as temporary:
+        folder = Path(temporary)
+        verdicts = judge(a, b, settings, dtypes, gates, folder)
+        result = {
+            "passed": all(each["passed"] for each in verdicts),
+            "a": str(a),
+            "b": str(b),
+            "gates": verdicts,
+        }
+        keep(result, folder, dtypes, report, picture)
     show(result, as_json)
     if not result["passed"]:
         raise typer.Exit(1)
+
+
+def judge(
+    a: Path, b: Path, settings: dict[str, Any], dtypes: list[str], gates: set[str], folder: Path
+) -> list[Verdict]:
+    """Run the gates that are asked for; what cannot be measured because an end is not whole is left out."""
+    verdicts = [check_config(a, b)] if "config" in gates else []
+    covered = [check_coverage(a, "coverage_a"), check_coverage(b, "coverage_b")]
+    if "tensors" in gates or not all(each["passed"] for each in covered):
+        verdicts += covered
+    if not all(each["passed"] for each in covered):
+        return verdicts
+    if "tensors" in gates:
+        verdicts.append(check_digests(a, b, folder / LEDGER, "tensors"))
+    for dtype in dtypes if "logits" in gates else []:
+        found = compare_logits({**settings, "a": str(a), "b": str(b), "dtype": dtype}, folder / dtype)
+        verdicts += [{**each, "gate": f"{each['gate']}_{dtype}"} for each in found]
+    return verdicts
+
+
+def compare_logits(job: dict[str, Any], folder: Path) -> list[Verdict]:
+    """Compare logits and hidden states in a job of as many ranks as its layout takes."""
+    tensor, pipeline, expert = (
+        job[f"{kind}_model_parallel_size"] for kind in ("tensor", "pipeline", "expert")
+    )
+    ranks = pipeline * max(tensor, expert)
+
+    def run(job: dict[str, Any]) -> dict[str, Any]:
+        return launch("bridge.compare_logits", job, folder=folder / "job", num_processes=ranks)
+
+    return measure_logits(job, folder, run)[0]
 
 
 def check_end(end: Path) -> None:
@@ -45,22 +97,44 @@ def check_end(end: Path) -> None:
     MegatronCheckpoint.open(end) if is_megatron_checkpoint(end) else HfCheckpoint.open(end)
 
 
-def check_logits(a: Path, b: Path, settings: dict[str, Any], folder: Path) -> Verdict:
-    """Compare logits in a job of tensor x pipeline ranks."""
-    ranks = settings["tensor_model_parallel_size"] * settings["pipeline_model_parallel_size"]
-    job = {"a": str(a), "b": str(b), **settings}
-    found = launch("bridge.compare_logits", job, folder=folder, num_processes=ranks)
-    about = {name: found[name] for name in ("dtype", "num_positions")}
-    return {"gate": "logits", **found["gate"], **about}
+def keep(
+    result: dict[str, Any], folder: Path, dtypes: list[str], report: Path | None, picture: Path | None
+) -> None:
+    """Copy what was asked for: the verdicts to a .json file, or all with tables and pictures to a folder."""
+    if report and report.suffix == ".json":
+        write_json(report.absolute(), result)
+    elif report:
+        write_json(report.absolute() / REPORT, result)
+        for file in (path for path in folder.rglob("*") if path.suffix in (".csv", ".jsonl", ".png")):
+            target = report / file.relative_to(folder)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    drawn = [folder / dtype / PICTURE for dtype in dtypes if (folder / dtype / PICTURE).is_file()]
+    if picture and drawn:
+        shutil.copyfile(drawn[0], picture)
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(result)
         return
-    rows = gate_rows(result["gates"])
-    print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
+    if rows := gate_rows(result["gates"]):
+        print_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
     for gate in result["gates"]:
         for line in gate["failures"]:
             print(f"{gate['gate']}: {line}")
+    for gate in result["gates"]:
+        if "num_layers" in gate:
+            print(where_they_part(gate, result["gates"]))
     print("the two are the same model" if result["passed"] else "the two are NOT the same model")
+
+
+def where_they_part(hidden: Verdict, gates: list[Verdict]) -> str:
+    """Say in words where two ends part, from the verdict on hidden states and the one on logits beside it."""
+    dtype = hidden["gate"].removeprefix("hidden_states_")
+    [logits] = [each for each in gates if each["gate"] == f"logits_{dtype}"]
+    if hidden["parts_at"] is not None:
+        return f"{dtype}: the two part {place_of(hidden['parts_at'], hidden['num_layers'])}"
+    if not logits["passed"]:
+        return f"{dtype}: the two part behind the last layer: final norm or output projection"
+    return f"{dtype}: the two agree at every layer and position"

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifact import Kind
-from tasks.gates import check_digests, check_logits, conclude
+from tasks.gates import LEDGER, check_config, check_digests, check_logits, conclude
 from tasks.spec import CheckSpec, ReleaseSpec
 from tasks.step import Artifacts, Step, StepContext
 
@@ -13,8 +13,9 @@ def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepCo
     """Compare both ends bit for bit, then Megatron's logits with those of transformers."""
     source, imported = artifacts["fetch"].payload, artifacts["import"].payload
     verdicts = [
-        check_digests(source, imported, folder / "ledger.csv"),
-        check_logits(source, imported, spec.check, context),
+        check_config(source, imported),
+        check_digests(source, imported, folder / LEDGER),
+        *check_logits(source, imported, spec.check, folder, context),
     ]
     return conclude(verdicts, folder, context, "check_import")
 

@@ -1,15 +1,19 @@
 """The gates of a release, coverage, digests, logits and held-out loss: each a verdict with its measures."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bridge.coverage import check_hf_coverage
+from bridge.compare_configs import compare_configs
+from bridge.coverage import check_hf_coverage, check_megatron_coverage
 from bridge.errors import GateError, InputError
 from bridge.families import plan_weights, provider_of
 from bridge.gates import AT_LEAST, within
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.job import write_json
-from bridge.ledger import Ledger, compare_ledgers, ledger
+from bridge.ledger import EQUAL, STATES, LedgerComparison, LedgerRecord, compare_ledgers, ledger
+from bridge.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from tasks.spec import CheckSpec
 from tasks.step import StepContext
 
@@ -17,38 +21,61 @@ from tasks.step import StepContext
 Verdict = dict[str, Any]
 
 REPORT = "report.json"
+LEDGER, POSITIONS, LAYERS, PICTURE = "ledger.csv", "logits.jsonl", "layers.jsonl", "differences.png"
 
 
-def check_coverage(hf_folder: Path, name: str = "coverage") -> Verdict:
-    """Check that a Hugging Face folder holds exactly the tensors that its config declares."""
+def check_coverage(end: Path, name: str = "coverage") -> Verdict:
+    """Check that a checkpoint of either kind holds exactly the tensors that its config declares."""
     failures = []
     tensors = 0
     try:
-        checkpoint = HfCheckpoint.open(hf_folder)
-        plan = plan_weights(provider_of(checkpoint.config))
-        check_hf_coverage(plan, checkpoint)
-        tensors = len(plan.hf_shapes)
+        tensors = covered(end)
     except InputError as error:  # here it is our own output that is wrong, not what a user gave
         failures.append(str(error))
     return verdict(name, {"tensors": tensors, "unaccounted": len(failures)}, {"unaccounted": 0}, failures)
 
 
+def covered(end: Path) -> int:
+    """Return how many tensors a checkpoint has; anything missing, left over or of another shape is raised."""
+    if is_megatron_checkpoint(end):
+        checkpoint = MegatronCheckpoint.open(end)
+        plan = checkpoint.plan()
+        check_megatron_coverage(plan, checkpoint.metadata.tensors, str(checkpoint.path))
+    else:
+        source = HfCheckpoint.open(end)
+        plan = plan_weights(provider_of(source.config))
+        check_hf_coverage(plan, source)
+    return len(plan.hf_shapes)
+
+
+def check_config(a: Path, b: Path, name: str = "config") -> Verdict:
+    """Check that two ends say the same of their model in every setting."""
+    found = compare_configs(a, b)
+    failures = [f"{each.name} is {each.a!r} in {a.name} and {each.b!r} in {b.name}" for each in found]
+    return verdict(name, {"differences": len(found)}, {"differences": 0}, failures)
+
+
 def check_digests(a: Path, b: Path, table: Path, name: str = "digests") -> Verdict:
-    """Compare two checkpoints bit for bit, tensor by tensor; `table` gets the second one's ledger."""
-    left, right = ledger(a), ledger(b)
-    write_ledger(right, table)
-    found = compare_ledgers(left, right)
-    names = {"missing": found.missing, "extra": found.extra, "different": found.different}
+    """Compare two checkpoints bit for bit, tensor by tensor; `table` gets the ledger of both."""
+    found = compare_ledgers(ledger(a), ledger(b))
+    write_ledger(found, table)
+    groups = {state: found.names(state) for state in STATES}
     failures = [
-        f"{len(group)} tensors {word}: {', '.join(group[:3])}" for word, group in names.items() if group
+        f"{len(names)} tensors {state}: {', '.join(names[:3])}"
+        for state, names in groups.items()
+        if names and state != EQUAL
     ]
-    counts = {word: len(group) for word, group in names.items()}
-    return verdict(name, {"equal": len(found.equal), **counts}, dict.fromkeys(counts, 0), failures)
+    counts = {state: len(names) for state, names in groups.items()}
+    return verdict(name, counts, {state: 0 for state in STATES if state != EQUAL}, failures)
 
 
-def check_logits(a: Path, b: Path, check: CheckSpec, context: StepContext, name: str = "logits") -> Verdict:
-    """Compare the logits of two checkpoints at every position of several prompts, in a job."""
-    table = context.folder / f"{name}.jsonl"
+def check_logits(
+    a: Path, b: Path, check: CheckSpec, folder: Path, context: StepContext, name: str = "logits"
+) -> list[Verdict]:
+    """Compare logits and hidden states of two checkpoints for several prompts, in a job.
+
+    The tables and their picture are kept with the run, and copied to `folder`.
+    """
     job = {
         "a": str(a),
         "b": str(b),
@@ -57,19 +84,41 @@ def check_logits(a: Path, b: Path, check: CheckSpec, context: StepContext, name:
         "prompt_length": check.prompt_length,
         "dtype": str(check.dtype),
         "seed": check.seed,
-        "table": str(table),
         **check.model_sizes,
     }
-    from tasks.tables import Logits, checked, read_rows
 
-    report = context.launch("bridge.compare_logits", job, name=name, num_processes=check.num_processes)
-    checked(Logits, read_rows(table), str(table))
-    return {
-        "gate": name,
-        **report["gate"],
-        "dtype": report["dtype"],
-        "num_positions": report["num_positions"],
-    }
+    def run(job: dict[str, Any]) -> dict[str, Any]:
+        return context.launch("bridge.compare_logits", job, name=name, num_processes=check.num_processes)
+
+    verdicts, files = measure_logits(job, context.folder, run)
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+        context.run.log_file(file)
+    return verdicts
+
+
+def measure_logits(
+    job: dict[str, Any], folder: Path, run: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[list[Verdict], list[Path]]:
+    """Run the parity job by `run`; return its verdicts, and its tables and their picture in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, layers, picture = (folder / name for name in (POSITIONS, LAYERS, PICTURE))
+    report = run({**job, "table": str(table), "layers_table": str(layers), "scratch": str(folder)})
+    about = {"dtype": report["dtype"], "num_positions": report["num_positions"]}
+    verdicts = [{"gate": "logits", **report["gate"], **about}]
+    if not report["num_positions"]:
+        return verdicts, []
+    verdicts += [{"gate": gate, **report[gate]} for gate in ("hidden_states", "reload")]
+    from tasks.picture import draw_differences
+    from tasks.tables import Layers, Logits, checked, read_rows
+
+    draw_differences(
+        checked(Logits, read_rows(table), str(table)),
+        checked(Layers, read_rows(layers), str(layers)),
+        verdicts,
+        picture,
+    )
+    return verdicts, [table, layers, picture]
 
 
 def check_loss(
@@ -150,17 +199,27 @@ def _row(gate: str, name: str, each: Verdict) -> dict[str, str]:
     }
 
 
-def write_ledger(records: Ledger, path: Path) -> None:
-    """Write a checkpoint's ledger as a checked CSV table."""
+def write_ledger(comparison: LedgerComparison, path: Path) -> None:
+    """Write the ledger of two ends as a checked CSV table."""
     from tasks.tables import LedgerTable, checked
 
     rows = [
         {
-            "name": record.name,
-            "dtype": record.dtype,
-            "shape": str(list(record.shape)),
-            "sha256": record.sha256,
+            "name": row.name,
+            "rule": row.rule,
+            "state": row.state,
+            **_side("a", row.a),
+            **_side("b", row.b),
         }
-        for record in records.records
+        for row in comparison.rows
     ]
     checked(LedgerTable, rows, "the ledger").to_csv(path, index=False)
+
+
+def _side(end: str, record: LedgerRecord | None) -> dict[str, Any]:
+    names = ("file", "offset", "shape", "dtype", "sha256")
+    if record is None:
+        return {f"{name}_{end}": None for name in names}
+    return {f"{name}_{end}": getattr(record, name) for name in names} | {
+        f"shape_{end}": str(list(record.shape))
+    }

@@ -50,6 +50,9 @@ class StepRun:
     def set_tags(self, tags: dict[str, Any]) -> None:
         """Add or change tags."""
 
+    def log_file(self, file: Path) -> None:
+        """Keep a copy of a small file, such as a table or a picture."""
+
     def finish(self, status: str) -> None:
         """End the attempt: FINISHED, FAILED or KILLED."""
 
@@ -249,6 +252,9 @@ class MlflowStepRun(StepRun):
             client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in _text(tags).items()])
 
         self._send("tags", work)
+
+    def log_file(self, file: Path) -> None:
+        self._send(f"file {file.name}", lambda client: client.log_artifact(self.run_id, str(file)))
 
     def finish(self, status: str) -> None:
         self._send("end", lambda client: client.set_terminated(self.run_id, status))

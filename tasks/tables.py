@@ -10,6 +10,7 @@ import pandera.pandas as pa
 from pandera.errors import SchemaError, SchemaErrors
 
 from bridge.dtypes import WEIGHT_DTYPES
+from bridge.ledger import EQUAL, STATES
 from tasks.errors import ArtifactError
 from training.metrics import read_metrics
 
@@ -41,16 +42,36 @@ class Metrics(pa.DataFrameModel):
         return bool((iteration.diff().dropna() == 1).all())
 
 
+DIGEST = r"^[0-9a-f]{64}$"
+
+
 class LedgerTable(pa.DataFrameModel):
-    """One row a tensor of a checkpoint, in Hugging Face's names."""
+    """One row a tensor, in Hugging Face's names: where it lies and what it holds at each of two ends.
+
+    Columns of an end that has no such tensor are empty.
+    """
 
     name: str = pa.Field(unique=True, str_length={"min_value": 1})
-    dtype: str = pa.Field(isin=list(WEIGHT_DTYPES))
-    shape: str
-    sha256: str = pa.Field(str_matches=r"^[0-9a-f]{64}$")
+    rule: str
+    state: str = pa.Field(isin=list(STATES))
+    file_a: str = pa.Field(nullable=True)
+    offset_a: pd.Int64Dtype = pa.Field(ge=0, nullable=True)
+    shape_a: str = pa.Field(nullable=True)
+    dtype_a: str = pa.Field(isin=list(WEIGHT_DTYPES), nullable=True)
+    sha256_a: str = pa.Field(str_matches=DIGEST, nullable=True)
+    file_b: str = pa.Field(nullable=True)
+    offset_b: pd.Int64Dtype = pa.Field(ge=0, nullable=True)
+    shape_b: str = pa.Field(nullable=True)
+    dtype_b: str = pa.Field(isin=list(WEIGHT_DTYPES), nullable=True)
+    sha256_b: str = pa.Field(str_matches=DIGEST, nullable=True)
 
     class Config:
         coerce = True
+
+    @pa.dataframe_check(name="equal means equal digests")
+    @classmethod
+    def _state_is_true(cls, frame: pd.DataFrame) -> pd.Series:
+        return (frame["state"] != EQUAL) | (frame["sha256_a"] == frame["sha256_b"])
 
 
 class Logits(pa.DataFrameModel):
@@ -71,6 +92,24 @@ class Logits(pa.DataFrameModel):
     class Config:
         coerce = True
         unique = ("prompt", "position")
+
+
+class Layers(pa.DataFrameModel):
+    """One row a layer and a prompt: how far two models' hidden states are apart, as shares of their length.
+
+    Layer 0 is what the first layer is given.
+    """
+
+    prompt: int = pa.Field(ge=0)
+    layer: int = pa.Field(ge=0)
+    relative: float = pa.Field(in_range={"min_value": 0, "max_value": 2.001}, nullable=True)
+    relative_mean: float = pa.Field(in_range={"min_value": 0, "max_value": 2.001}, nullable=True)
+    worst_position: int = pa.Field(ge=0)
+    max_abs: float = pa.Field(ge=0, nullable=True)
+
+    class Config:
+        coerce = True
+        unique = ("prompt", "layer")
 
 
 class Gates(pa.DataFrameModel):

@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifact import Kind
-from tasks.gates import check_coverage, check_digests, check_logits, check_loss, conclude
+from tasks.gates import (
+    LEDGER,
+    check_config,
+    check_coverage,
+    check_digests,
+    check_logits,
+    check_loss,
+    conclude,
+)
 from tasks.spec import ReleaseSpec
 from tasks.step import Artifacts, Step, StepContext
 
@@ -16,8 +24,9 @@ def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepCo
     verdicts = [check_coverage(exported)]
     if verdicts[0]["passed"]:
         verdicts += [
-            check_digests(trained, exported, folder / "ledger.csv"),
-            check_logits(trained, exported, spec.check, context),
+            check_config(trained, exported),
+            check_digests(trained, exported, folder / LEDGER),
+            *check_logits(trained, exported, spec.check, folder, context),
             check_loss(
                 artifacts["import"].payload,
                 trained,

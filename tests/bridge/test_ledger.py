@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from bridge.errors import CheckpointError
 from bridge.families import families
 from bridge.hf_checkpoint import HfCheckpoint
-from bridge.ledger import compare_ledgers, ledger
+from bridge.ledger import DIFFERENT, EQUAL, ONLY_A, ONLY_B, compare_ledgers, ledger
 
 Checkpoints = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -24,7 +24,7 @@ def test_both_ends_have_the_same_ledger(
     hf, megatron = ledger(hf_checkpoint(family)), ledger(megatron_checkpoint(family))
     comparison = compare_ledgers(hf, megatron)
     assert comparison.passed
-    assert comparison.equal == tuple(sorted(HfCheckpoint.open(hf_checkpoint(family)).tensors))
+    assert comparison.names(EQUAL) == tuple(sorted(HfCheckpoint.open(hf_checkpoint(family)).tensors))
 
 
 def test_a_training_run_is_read_through_its_cuts(training_run: Path, hf_checkpoint: Checkpoints) -> None:
@@ -43,6 +43,16 @@ def test_records_say_what_lies_where(hf_checkpoint: Checkpoints, megatron_checkp
         other = megatron[name]
         found = (megatron_checkpoint("llama") / other.file).read_bytes()[other.offset :][:32]
         assert found == content[:32]
+
+
+def test_records_say_which_rule_carried_what(
+    hf_checkpoint: Checkpoints, megatron_checkpoint: Checkpoints
+) -> None:
+    comparison = compare_ledgers(ledger(hf_checkpoint("llama")), ledger(megatron_checkpoint("llama")))
+    rules = {row.name: row.a.rule for row in comparison.rows if row.a and row.b and row.a.rule == row.b.rule}
+    assert set(rules) == {row.name for row in comparison.rows}
+    assert rules[Q] == "QKVMapping decoder.layers.self_attention.linear_qkv.weight"
+    assert rules[UP] == "GatedMLPMapping decoder.layers.mlp.linear_fc1.weight"
 
 
 def test_a_tied_tensor_counts_once(hf_checkpoint: Checkpoints) -> None:
@@ -79,14 +89,14 @@ def test_finds_every_mutation(
     mutate(tensors)
     save_file(tensors, changed / "model.safetensors")
     comparison = compare_ledgers(ledger(megatron_checkpoint("llama")), ledger(changed))
-    assert set(comparison.different) == expected
+    assert set(comparison.names(DIFFERENT)) == expected
     assert not comparison.passed
 
 
 def test_names_what_one_end_lacks(hf_checkpoint: Checkpoints) -> None:
     untied, tied = (ledger(hf_checkpoint("llama", tie_word_embeddings=tied)) for tied in (False, True))
-    assert compare_ledgers(untied, tied).missing == ("lm_head.weight",)
-    assert compare_ledgers(tied, untied).extra == ("lm_head.weight",)
+    assert compare_ledgers(untied, tied).names(ONLY_A) == ("lm_head.weight",)
+    assert compare_ledgers(tied, untied).names(ONLY_B) == ("lm_head.weight",)
     assert not compare_ledgers(tied, untied).passed
 
 
