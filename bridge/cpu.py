@@ -112,18 +112,14 @@ def use_cpu_generator() -> None:
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
 
-def allow_norms_in_sequence_parallel() -> None:
-    """transformer/torch_norm.py refuses sequence parallelism; finalize_model_grads sums its gradients."""
+def build_all_norms() -> None:
+    """transformer/torch_norm.py refuses sequence parallelism and zero-centered weights."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    norms = {"LayerNorm": torch.nn.LayerNorm, "RMSNorm": torch.nn.RMSNorm}
+    from bridge.norms import build_norm
 
     def build(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> torch.nn.Module:
-        assert not config.layernorm_zero_centered_gamma, "torch has no zero-centered norm"
-        norm = norms[config.normalization](hidden_size, eps=eps)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
-        return norm
+        return build_norm(config, hidden_size, eps)
 
     WrappedTorchNorm.__new__ = staticmethod(build)
 
@@ -182,7 +178,7 @@ PATCHES: tuple[Callable[[], None], ...] = (
     stay_on_cpu,
     report_cuda_types,
     use_cpu_generator,
-    allow_norms_in_sequence_parallel,
+    build_all_norms,
     keep_transformer_engine_out,
     fork_result_queue,
     use_cpu_adam,

@@ -11,6 +11,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from bridge.errors import ConfigError
+from bridge.layer_features import add_features
 from bridge.provider import GPTModelProvider
 
 
@@ -29,6 +30,12 @@ def layer_spec(
     provider: GPTModelProvider, config: TransformerConfig, vp_stage: int | None = None
 ) -> ModuleSpec:
     """Return the modules of one layer, or of a block whose layers differ from one another."""
-    if uses_transformer_engine(provider):
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=provider.qk_layernorm)
-    return get_gpt_layer_local_spec(qk_layernorm=provider.qk_layernorm, normalization=provider.normalization)
+    engine = uses_transformer_engine(provider)
+    if engine:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=provider.qk_layernorm)
+    else:
+        spec = get_gpt_layer_local_spec(
+            qk_layernorm=provider.qk_layernorm, normalization=provider.normalization
+        )
+    add_features(spec, provider, engine)
+    return spec

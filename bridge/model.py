@@ -12,7 +12,6 @@ from megatron.core.transformer.module import Float16Module
 from torch.nn import functional
 
 from bridge import distributed
-from bridge.errors import ConfigError
 from bridge.layer_spec import layer_spec, uses_transformer_engine
 from bridge.provider import GPTModelProvider
 from bridge.rotary import inverse_frequencies
@@ -20,7 +19,7 @@ from bridge.rotary import inverse_frequencies
 ACTIVATIONS = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
 
 # Fields that are set below in Megatron's types.
-CONVERTED = {"activation_func", "params_dtype", "transformer_impl"}
+CONVERTED = {"activation_func", "params_dtype", "qk_layernorm", "transformer_impl"}
 
 
 def transformer_config(
@@ -31,11 +30,6 @@ def transformer_config(
     `settings` are fields of it that describe a run rather than a model, such as those of FP8.
     """
     provider.finalize()
-    if not uses_transformer_engine(provider) and provider.context_parallel_size > 1:
-        raise ConfigError(
-            f"context_parallel_size {provider.context_parallel_size} needs Transformer Engine:"
-            " without it choose 1"
-        )
     dtype = getattr(torch, provider.params_dtype)
     interleaved = provider.virtual_pipeline_model_parallel_size is not None
     config_class = MLATransformerConfig if provider.multi_latent_attention else TransformerConfig
@@ -45,6 +39,8 @@ def transformer_config(
         **{**described, **settings},
         transformer_impl="transformer_engine" if uses_transformer_engine(provider) else "local",
         activation_func=ACTIVATIONS[provider.activation_func],
+        # Megatron sums the gradients of these over tensor-parallel ranks: wrong for a norm of all heads.
+        qk_layernorm=provider.qk_layernorm and provider.qk_layernorm_scope == "head",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
