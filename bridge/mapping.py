@@ -60,8 +60,15 @@ LAYERS: dict[str, Callable[[GPTModelProvider], list[int]]] = {
     "all": lambda p: list(range(p.num_layers)),
     "dense": lambda p: [layer for layer, moe in enumerate(p.moe_layers) if not moe],
     "moe": lambda p: [layer for layer, moe in enumerate(p.moe_layers) if moe],
+    "mtp": lambda p: list(range(p.mtp_num_layers or 0)),
+    "mtp dense": lambda p: [] if p.moe_layers[-1] else list(range(p.mtp_num_layers or 0)),
+    "mtp moe": lambda p: list(range(p.mtp_num_layers or 0)) if p.moe_layers[-1] else [],
 }
-"""Which decoder layers a rule is for."""
+"""Which layers a rule is for: of the decoder, or of multi-token prediction behind it.
+
+A layer of the latter kind is like the decoder's last one. Megatron counts them from 0, Hugging Face goes on
+counting.
+"""
 
 
 SIZES = {
@@ -119,19 +126,30 @@ class Mapping(ABC):
         experts = range(provider.num_moe_experts or 0) if self.experts else [None]
         for layer, expert in itertools.product(layers, experts):
             key, lead = self._key_and_lead(provider, layer)
-            numbers = tuple(number for number in (layer, expert) if number is not None)
+            hf_layer = None if layer is None else layer + self._first_hf_layer(provider)
+            numbers = tuple(number for number in (hf_layer, expert) if number is not None)
             yield Place(key, lead if expert is None else (*lead, expert), numbers, expert or 0)
 
     def _key_and_lead(self, provider: GPTModelProvider, layer: int | None) -> tuple[str, tuple[int, ...]]:
         """Megatron gives layers that are all alike one tensor with a leading axis, others a key each."""
         if layer is None:
             return self.megatron_param, ()
-        if provider.homogeneous_layers:
+        if self._stacked(provider):
             return self.megatron_param.replace(".*", "", 1), (layer,)
         return self.megatron_param.replace("*", str(layer), 1), ()
 
+    @property
+    def _predicts(self) -> bool:
+        return self.layers.startswith("mtp")
+
+    def _first_hf_layer(self, provider: GPTModelProvider) -> int:
+        return provider.num_layers if self._predicts else 0
+
+    def _stacked(self, provider: GPTModelProvider) -> bool:
+        return "*" in self.megatron_param and provider.homogeneous_layers and not self._predicts
+
     def lead_shape(self, provider: GPTModelProvider) -> Shape:
-        layers = (provider.num_layers,) if "*" in self.megatron_param and provider.homogeneous_layers else ()
+        layers = (provider.num_layers,) if self._stacked(provider) else ()
         return (*layers, provider.num_moe_experts or 0) if self.experts else layers
 
     def megatron_shape(self, provider: GPTModelProvider) -> Shape:
@@ -231,6 +249,8 @@ class WeightPlan:
     megatron_shapes: dict[str, Shape] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     """Hugging Face names that a checkpoint may hold as a copy of another: {"lm_head.weight": embedding}."""
+    copies: frozenset[str] = frozenset()
+    """Those of the tied names that an export writes as well, for who serves the model."""
     buffers: tuple[str, ...] = ()
     """Patterns of names that older checkpoints carry and that hold no weight."""
     transposed: frozenset[str] = frozenset()
@@ -260,9 +280,13 @@ class WeightPlan:
 class MegatronMappingRegistry:
     """The weight rules of one family."""
 
-    def __init__(self, *mappings: Mapping, buffers: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, *mappings: Mapping, buffers: tuple[str, ...] = (), copies: dict[str, str] | None = None
+    ) -> None:
+        """`copies` are tensors of multi-token prediction layers that equal one of the main model."""
         self.mappings = mappings
         self.buffers = buffers
+        self.copies = copies or {}
 
     def __iter__(self) -> Iterator[Mapping]:
         return iter(self.mappings)
@@ -280,6 +304,11 @@ class MegatronMappingRegistry:
                 plan.tied[mapping.hf_param] = mapping.tied_to
             elif mapping.applies(provider):
                 self._add(plan, mapping, provider)
+        for layer in LAYERS["mtp"](provider):
+            for name, original in self.copies.items():
+                name = at_lead(name, (provider.num_layers + layer,))
+                plan.tied[name] = plan.tied.get(original, original)
+                plan.copies |= {name}
         return plan
 
     def _add(self, plan: WeightPlan, mapping: Mapping, provider: GPTModelProvider) -> None:

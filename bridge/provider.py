@@ -83,6 +83,8 @@ class GPTModelProvider:
     qk_head_dim: int = 0
     qk_pos_emb_head_dim: int = 0
     v_head_dim: int = 0
+    # of the norms of queries' and keys' latents, whatever layernorm_epsilon is
+    latent_layernorm_epsilon: float = 1e-6
 
     mtp_num_layers: int | None = None
     mtp_loss_scaling_factor: float = 0.1
