@@ -55,54 +55,70 @@ DECODER_CONFIG: tuple[ConfigRule, ...] = (
 MEGATRON_ATTENTION = "decoder.layers.*.self_attention"
 HF_ATTENTION = "model.layers.*.self_attn"
 
+EMBEDDING = DirectMapping(
+    "embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab_size", "hidden_size")
+)
 
-def decoder_weights(*extra: Mapping) -> MegatronMappingRegistry:
-    """Return the weight rules of a pre-norm decoder with a gated MLP, and those that a family adds."""
-    return MegatronMappingRegistry(
-        DirectMapping(
-            "embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab_size", "hidden_size")
-        ),
-        DirectMapping(
-            f"{MEGATRON_ATTENTION}.linear_qkv.layer_norm_weight",
-            "model.layers.*.input_layernorm.weight",
-            ("hidden_size",),
-        ),
-        QKVMapping(
-            f"{MEGATRON_ATTENTION}.linear_qkv.weight",
-            q=f"{HF_ATTENTION}.q_proj.weight",
-            k=f"{HF_ATTENTION}.k_proj.weight",
-            v=f"{HF_ATTENTION}.v_proj.weight",
-        ),
-        DirectMapping(
-            f"{MEGATRON_ATTENTION}.linear_proj.weight",
-            f"{HF_ATTENTION}.o_proj.weight",
-            ("hidden_size", "query_size"),
-        ),
+ATTENTION = (
+    DirectMapping(
+        f"{MEGATRON_ATTENTION}.linear_qkv.layer_norm_weight",
+        "model.layers.*.input_layernorm.weight",
+        ("hidden_size",),
+    ),
+    QKVMapping(
+        f"{MEGATRON_ATTENTION}.linear_qkv.weight",
+        q=f"{HF_ATTENTION}.q_proj.weight",
+        k=f"{HF_ATTENTION}.k_proj.weight",
+        v=f"{HF_ATTENTION}.v_proj.weight",
+    ),
+    DirectMapping(
+        f"{MEGATRON_ATTENTION}.linear_proj.weight",
+        f"{HF_ATTENTION}.o_proj.weight",
+        ("hidden_size", "query_size"),
+    ),
+)
+
+
+def gated_mlp(layers: str = "all") -> tuple[Mapping, ...]:
+    """Return the rules of the MLP, with the norm in front of it, of all layers or of the "dense" ones."""
+    return (
         DirectMapping(
             "decoder.layers.*.mlp.linear_fc1.layer_norm_weight",
             "model.layers.*.post_attention_layernorm.weight",
             ("hidden_size",),
+            layers=layers,
         ),
         GatedMLPMapping(
             "decoder.layers.*.mlp.linear_fc1.weight",
             gate="model.layers.*.mlp.gate_proj.weight",
             up="model.layers.*.mlp.up_proj.weight",
+            layers=layers,
         ),
         DirectMapping(
             "decoder.layers.*.mlp.linear_fc2.weight",
             "model.layers.*.mlp.down_proj.weight",
             ("hidden_size", "ffn_hidden_size"),
+            layers=layers,
         ),
-        *extra,
-        DirectMapping("decoder.final_layernorm.weight", "model.norm.weight", ("hidden_size",)),
-        OutputMapping(
-            "output_layer.weight",
-            "lm_head.weight",
-            ("vocab_size", "hidden_size"),
-            tied_to="model.embed_tokens.weight",
-        ),
-        buffers=(f"{HF_ATTENTION}.rotary_emb.inv_freq",),
     )
+
+
+OUTPUT = (
+    DirectMapping("decoder.final_layernorm.weight", "model.norm.weight", ("hidden_size",)),
+    OutputMapping(
+        "output_layer.weight",
+        "lm_head.weight",
+        ("vocab_size", "hidden_size"),
+        tied_to="model.embed_tokens.weight",
+    ),
+)
+
+BUFFERS = (f"{HF_ATTENTION}.rotary_emb.inv_freq",)
+
+
+def decoder_weights(*extra: Mapping) -> MegatronMappingRegistry:
+    """Return the weight rules of a pre-norm decoder with a gated MLP, and those that a family adds."""
+    return MegatronMappingRegistry(EMBEDDING, *ATTENTION, *gated_mlp(), *extra, *OUTPUT, buffers=BUFFERS)
 
 
 QKV_BIAS = QKVMapping(
