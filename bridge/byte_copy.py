@@ -43,6 +43,8 @@ class OpenFiles:
 class ThreadBuffer(threading.local):
     """A buffer of each thread's own, used again for every copy."""
 
+    SIZE = BUFFER_SIZE
+
     def __init__(self, size: int = BUFFER_SIZE) -> None:
         self.view = memoryview(bytearray(size))
 
@@ -92,8 +94,14 @@ class ProgressCounter:
     """Adds up what several threads have done and reports it to one callback, in order."""
 
     def __init__(self, total: int, report: Progress | None) -> None:
-        self.total, self.done, self._report = total, 0, report
+        self.total, self.done, self.resumed, self._report = total, 0, 0, report
         self._lock = threading.Lock()
+
+    def start(self, count: int) -> None:
+        """Count what an earlier process has done already."""
+        self.resumed = count
+        if count:
+            self.add(count)
 
     def add(self, count: int) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Cuts the tensors of a Megatron checkpoint to be into chunks, each a list of byte ranges of its source."""
+"""Cuts the tensors of a Megatron checkpoint to be into chunks, each made of parts of its source in turn."""
 
 import itertools
 import math
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bridge.dtypes import ITEM_SIZES
-from bridge.hf_checkpoint import TensorSlice
 from bridge.mapping import Block, WeightPlan
+from bridge.quantization import HfTensor
+from bridge.shard_header import TensorSlice
 
 MAX_CHUNK_SIZE = 128 << 20  # bytes; a rank that loads reads whole chunks into memory
 SMALL_CHECKPOINT = 64 << 20  # bytes; up to here one file is enough
@@ -26,15 +27,35 @@ class ByteRange(NamedTuple):
     nbytes: int
 
 
+class HfRows(NamedTuple):
+    """Rows first, first + step, ... of a tensor as blocks count them, which are not bytes to copy."""
+
+    name: str
+    first: int
+    rows: int
+    columns: int
+    step: int
+    transposed: bool
+
+    def working_size(self, tensor: HfTensor, dtype: str) -> int:
+        """Return the bytes of memory that converting one of these rows to `dtype` takes, at the most.
+
+        Per element: what is read, twice if rows are cut out of it or transposed; float32 in between if it is
+        dequantised; the result, twice if it has to be laid out anew; masks of the overflow check.
+        """
+        source = ITEM_SIZES[tensor.dtype] * 2 if isinstance(tensor, TensorSlice) else 16
+        return self.columns * (self.step * source + 2 * ITEM_SIZES[dtype] + 4)
+
+
 class Piece(NamedTuple):
-    """What becomes one chunk: `rows` rows from `row` on of `key[lead]`, read from `ranges` in turn."""
+    """What becomes one chunk: `rows` rows from `row` on of `key[lead]`, made of `parts` in turn."""
 
     key: str
     lead: tuple[int, ...]
     row: int
     rows: int
     nbytes: int
-    ranges: list[ByteRange]
+    parts: list[ByteRange | HfRows]
 
     def box(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return offsets and sizes in the global tensor of `shape`."""
@@ -42,18 +63,47 @@ class Piece(NamedTuple):
         return (*self.lead, self.row, *(0 for _ in columns)), (*(1 for _ in self.lead), self.rows, *columns)
 
 
-def plan_pieces(plan: WeightPlan, tensors: dict[str, TensorSlice]) -> list[Piece]:
-    """Cut every Megatron tensor into chunks of at most MAX_CHUNK_SIZE bytes, in the order of the layers."""
-    by_place: dict[tuple[str, tuple[int, ...]], list[Block]] = defaultdict(list)
-    for block in plan.blocks:
-        by_place[block.key, block.lead].append(block)
-    pieces: list[Piece] = []
-    for (key, lead), blocks in sorted(by_place.items(), key=lambda item: item[0][1]):
-        columns = math.prod(plan.megatron_shapes[key][len(lead) + 1 :])
-        row_size = columns * ITEM_SIZES[tensors[blocks[0].hf].dtype]
-        for group in _chunk_groups(blocks):
-            pieces.extend(_pieces_of(group, tensors, row_size))
-    return pieces
+class ChunkPlanner:
+    """Cuts the tensors of one import; a key's tensor gets the dtype that `dtypes` has for it."""
+
+    def __init__(self, plan: WeightPlan, tensors: dict[str, HfTensor], dtypes: dict[str, str]) -> None:
+        self._plan = plan
+        self._tensors = tensors
+        self._dtypes = dtypes
+
+    def pieces(self) -> list[Piece]:
+        """Cut every Megatron tensor into chunks of at most MAX_CHUNK_SIZE bytes, in the order of the layers."""
+        by_place: dict[tuple[str, tuple[int, ...]], list[Block]] = defaultdict(list)
+        for block in self._plan.blocks:
+            by_place[block.key, block.lead].append(block)
+        # Layers that differ from one another have their number in the key.
+        places = sorted(by_place.items(), key=lambda item: (item[0][1], in_layers(item[0][0])))
+        return [piece for _, blocks in places for group in _chunk_groups(blocks) for piece in self._cut(group)]
+
+    def _cut(self, blocks: list[Block]) -> Iterator[Piece]:
+        key, lead = blocks[0].key, blocks[0].lead
+        row_size = math.prod(self._plan.columns(key, lead)) * ITEM_SIZES[self._dtypes[key]]
+        limit = max(1, MAX_CHUNK_SIZE // row_size)
+        first, last = blocks[0].megatron_row, blocks[-1].megatron_row + blocks[-1].rows
+        for row in range(first, last, limit):
+            rows = min(limit, last - row)
+            parts = [self._part(*overlap, row_size) for overlap in _overlaps(blocks, row, rows)]
+            yield Piece(key, lead, row, rows, rows * row_size, parts)
+
+    def _part(self, block: Block, skip: int, rows: int, row_size: int) -> ByteRange | HfRows:
+        tensor, transposed = self._tensors[block.hf], block.hf in self._plan.transposed
+        first = block.hf_row + skip * block.hf_step
+        plain = isinstance(tensor, TensorSlice) and tensor.dtype == self._dtypes[block.key]
+        if plain and not transposed and (block.hf_step == 1 or rows == 1):
+            assert isinstance(tensor, TensorSlice)
+            return ByteRange(tensor.file, tensor.offset + first * row_size, rows * row_size)
+        columns = math.prod(self._plan.columns(block.key, block.lead))
+        return HfRows(block.hf, first, rows, columns, block.hf_step, transposed)
+
+
+def in_layers(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts names by the numbers in them, names without a number first."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def split_over_files(pieces: list[Piece]) -> list[list[Piece]]:
@@ -77,22 +127,6 @@ def _chunk_groups(blocks: list[Block]) -> list[list[Block]]:
         )
     stacked = len({block.hf for block in blocks}) == len(blocks)
     return [[block] for block in blocks] if stacked else [blocks]
-
-
-def _pieces_of(blocks: list[Block], tensors: dict[str, TensorSlice], row_size: int) -> Iterator[Piece]:
-    limit = max(1, MAX_CHUNK_SIZE // row_size)
-    first, last = blocks[0].megatron_row, blocks[-1].megatron_row + blocks[-1].rows
-    for row in range(first, last, limit):
-        rows = min(limit, last - row)
-        ranges = [
-            _byte_range(tensors[block.hf], block.hf_row + skip, count, row_size)
-            for block, skip, count in _overlaps(blocks, row, rows)
-        ]
-        yield Piece(blocks[0].key, blocks[0].lead, row, rows, rows * row_size, ranges)
-
-
-def _byte_range(tensor: TensorSlice, row: int, rows: int, row_size: int) -> ByteRange:
-    return ByteRange(tensor.file, tensor.offset + row * row_size, rows * row_size)
 
 
 def _overlaps(blocks: list[Block], row: int, rows: int) -> Iterator[tuple[Block, int, int]]:

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from bridge.byte_copy import BUFFER_SIZE, OpenFiles, read_into
 from bridge.dtypes import WEIGHT_DTYPES
 from bridge.errors import CheckpointError, CoverageError
-from bridge.hf_checkpoint import HfCheckpoint, TensorSlice
+from bridge.hf_checkpoint import HfCheckpoint
 from bridge.mapping import WeightPlan
+from bridge.quantization import HfTensor, stored_slices
+from bridge.shard_header import TensorSlice
 from bridge.torch_dist.metadata import StoredTensor
 
 # The only tensors that training pads: rows up to a multiple that tensor parallelism can share.
@@ -58,17 +60,20 @@ def _check_dtype(name: str, dtype: str, where: str) -> None:
         raise CoverageError(f"{where}: {name!r} has dtype {dtype}: allowed are {', '.join(WEIGHT_DTYPES)}")
 
 
-def _check_copy(name: str, tensor: TensorSlice, original_name: str, original: TensorSlice) -> None:
+def _check_copy(name: str, tensor: HfTensor, original_name: str, original: HfTensor) -> None:
     """A tied tensor that is stored as well must be the same, or one of the two would be lost."""
-    same = (tensor.shape, tensor.dtype) == (original.shape, original.dtype)
-    if not same or not _equal_bytes(tensor, original):
+    stored, others = stored_slices(tensor), stored_slices(original)
+    same = (tensor.shape, tensor.dtype, len(stored)) == (original.shape, original.dtype, len(others))
+    if not same or not all(map(_equal_bytes, stored, others)):
         raise CheckpointError(
-            f"{tensor.file}: {name!r} differs from {original_name!r}, with which config.json ties it:"
+            f"{stored[0].file}: {name!r} differs from {original_name!r}, with which config.json ties it:"
             " set tie_word_embeddings to false if the weights are right"
         )
 
 
 def _equal_bytes(a: TensorSlice, b: TensorSlice) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
     views = memoryview(bytearray(BUFFER_SIZE)), memoryview(bytearray(BUFFER_SIZE))
     with OpenFiles() as files:
         for start in range(0, a.nbytes, BUFFER_SIZE):

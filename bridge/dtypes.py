@@ -1,5 +1,9 @@
 """The names that safetensors and torch files give to the element types of tensors, and their sizes."""
 
+from collections.abc import Collection
+
+from bridge.errors import ConfigError
+
 # Everywhere in bridge a dtype is torch's own name for it; these are the other spellings.
 ITEM_SIZES: dict[str, int] = {
     "float64": 8,
@@ -49,3 +53,17 @@ TO_STORAGE: dict[str, str] = {name: storage for storage, name in FROM_STORAGE.it
 
 # The dtypes that model weights may have in both formats.
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+
+# Megatron Core keeps these in float32 whatever the model's dtype (megatron/core/transformer/moe/router.py).
+FLOAT32_KEYS = ("mlp.router.expert_bias",)
+
+
+def common_dtype(dtypes: Collection[str]) -> str:
+    """Return the smallest dtype that holds every value of all of `dtypes` exactly."""
+    return next(iter(dtypes)) if len(dtypes) == 1 else "float32"
+
+
+def check_weight_dtype(dtype: str | None) -> None:
+    """Refuse a dtype to cast to that weights cannot have."""
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}: allowed are {', '.join(WEIGHT_DTYPES)}")

@@ -7,6 +7,7 @@ from bridge.config_rules import ConfigRule
 from bridge.errors import UnsupportedModelError
 from bridge.mapping import MegatronMappingRegistry
 from bridge.provider import GPTModelProvider
+from bridge.quantization import without_quantization
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,11 @@ class Family:
     weights: MegatronMappingRegistry
 
     def provider(self, config: dict[str, Any]) -> GPTModelProvider:
-        """Read a Hugging Face config; a key that no rule consumes is an UnsupportedModelError."""
+        """Read a Hugging Face config; a key that no rule consumes is an UnsupportedModelError.
+
+        How the files quantise the weights is not part of the model: they are read as what they stand for.
+        """
+        config = without_quantization(config)
         self._check_keys(config)
         fields: dict[str, Any] = {}
         for rule in self.config:

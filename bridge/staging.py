@@ -1,17 +1,63 @@
-"""A result folder that exists completely or not at all: written beside its place, renamed at the end."""
+"""A result folder that exists completely or not at all: written beside its place, renamed at the end.
+
+One whose writing was interrupted is gone on with, from the files that were finished.
+"""
 
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from bridge.errors import InputError
 
 SUFFIX = ".partial"
+JOURNAL = ".journal"
 SPARE_BYTES = 16 << 20  # for metadata and side files
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Journal:
+    """The files of a folder that are finished: a line each, after one that says what the folder is made of.
+
+    Lines are trusted only until the machine starts anew: what a killed process wrote is safe in the kernel's
+    memory, what a power failure left may not be. So no file has to be flushed to disk.
+    """
+
+    def __init__(self, folder: Path, origin: dict[str, Any]) -> None:
+        """Keep the finished files of an earlier writing with the same `origin`; remove everything else."""
+        self.folder = folder
+        self._lock = threading.Lock()
+        head = json.dumps({"origin": origin, "boot": _boot_id()}, sort_keys=True)
+        self.finished = _finished_files(folder, head)
+        _empty(folder, keep=self.finished)
+        lines = [head, *(json.dumps([name, size]) for name, size in self.finished.items())]
+        (folder / JOURNAL).write_text("".join(f"{line}\n" for line in lines))
+
+    def finish(self, name: str) -> None:
+        """Say that a file is completely written."""
+        with self._lock, (self.folder / JOURNAL).open("a") as journal:
+            journal.write(json.dumps([name, (self.folder / name).stat().st_size]) + "\n")
+
+
+def _boot_id() -> str:
+    # Without one (not on Linux) no journal is trusted that another process wrote.
+    return BOOT_ID.read_text().strip() if BOOT_ID.is_file() else f"process {os.getpid()}"
+
+
+def _finished_files(folder: Path, head: str) -> dict[str, int]:
+    journal = folder / JOURNAL
+    lines = journal.read_text().splitlines(keepends=True) if journal.is_file() else []
+    if not lines or lines[0] != head + "\n":
+        return {}
+    entries = [json.loads(line) for line in lines[1:] if line.endswith("\n")]  # the last may be cut off
+    paths = {name: folder / name for name, _ in entries}
+    return {n: size for n, size in entries if paths[n].is_file() and paths[n].stat().st_size == size}
 
 
 @contextmanager
@@ -21,19 +67,49 @@ def staged_folder(destination: Path, nbytes: int) -> Iterator[Path]:
     What an earlier, interrupted writing left is removed first; another one under way is an InputError, and so
     are an existing destination and too little space.
     """
+    with _partial_folder(destination) as partial:
+        try:
+            _empty(partial)
+            _check_space(partial, nbytes)
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        partial.rename(destination)
+
+
+@contextmanager
+def resumable_folder(destination: Path, nbytes: int, origin: dict[str, Any]) -> Iterator[Journal]:
+    """Yield the journal of a folder that becomes `destination`, as `staged_folder` does.
+
+    `origin` is all that the content depends on, as JSON values. A writing that is killed or stopped by the
+    user can be gone on with: finished files are still there in the next one of the same origin. After any
+    other error nothing is left.
+    """
+    with _partial_folder(destination) as partial:
+        try:
+            journal = Journal(partial, origin)
+            _check_space(partial, nbytes - sum(journal.finished.values()))
+            yield journal
+            (partial / JOURNAL).unlink()
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        partial.rename(destination)
+
+
+@contextmanager
+def _partial_folder(destination: Path) -> Iterator[Path]:
+    """Make the folder beside `destination` and lock it; running out of space is an InputError."""
     if destination.exists():
         raise InputError(f"{destination} exists already: give another folder or remove it")
     partial = destination.with_name(destination.name + SUFFIX)
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(partial):
         try:
-            _empty(partial)
-            _check_space(partial, nbytes)
             yield partial
-            partial.rename(destination)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(f"no space was left while writing {destination}: free some") from error
             raise
 
@@ -55,9 +131,10 @@ def _take_lock(descriptor: int, folder: Path) -> None:
         raise InputError(f"{folder} is being written by another process: wait for it") from error
 
 
-def _empty(folder: Path) -> None:
+def _empty(folder: Path, keep: Iterable[str] = ()) -> None:
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _check_space(folder: Path, nbytes: int) -> None:

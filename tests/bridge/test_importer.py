@@ -46,10 +46,6 @@ BAD_TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
         "up_proj.weight' has shape \\[64, 128\\]",
     ),
     "integers": (lambda t: t.update({NORM: torch.zeros(64, dtype=torch.int32)}), "has dtype int32"),
-    "a layer in another dtype": (
-        lambda t: t.update({NORM: torch.zeros(64)}),
-        "save the checkpoint in one dtype",
-    ),
 }
 
 

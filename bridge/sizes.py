@@ -1,0 +1,24 @@
+"""Sizes in bytes as people write them."""
+
+import re
+
+from bridge.errors import ConfigError
+
+SIZE_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+def parse_size(text: str, setting: str) -> int:
+    """Read a size such as "5GB" or "200MiB" in bytes; `setting` names it in errors."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if not match or match[2].upper() not in SIZE_UNITS or float(match[1]) <= 0:
+        raise ConfigError(f"{setting} is {text!r}: give a number with one of {', '.join(SIZE_UNITS)[2:]}")
+    return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
