@@ -1,7 +1,7 @@
 """Megatron checkpoints of live models: save and load through `dist_checkpointing`, in any parallel layout."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,17 @@ from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
 from bridge import restricted_load
-from bridge.errors import InputError
-from bridge.megatron_checkpoint import write_model
+from bridge.byte_copy import OpenFiles
+from bridge.errors import CheckpointError, InputError
+from bridge.families import provider_of
+from bridge.hf_checkpoint import HfCheckpoint
+from bridge.live_weights import fill, load_hf_weights
+from bridge.megatron_checkpoint import is_training_state, resolve_checkpoint, write_model
+from bridge.pretrained import is_hf_folder
 from bridge.provider import GPTModelProvider
 from bridge.staging import SUFFIX, staged_folder
+from bridge.torch_dist.metadata import read_metadata
+from bridge.weight_sources import MegatronSource
 
 
 def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -32,8 +39,30 @@ def load_model_state(chunks: Sequence[torch.nn.Module], state: dict[str, Any]) -
 
 
 def load_checkpoint(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
-    """Fill the chunks from the checkpoint in `folder`, whatever layout wrote it."""
-    load_model_state(chunks, restricted_load.load(model_state(chunks), folder))
+    """Fill this rank's model chunks from `folder`; all ranks call it together.
+
+    The folder is a Megatron checkpoint of any parallel layout, a training run's or a Hugging Face one. Each
+    rank reads its own slices, in place and cast to the model's dtype. A tensor that is missing, left over, of
+    another shape or damaged is an InputError on every rank.
+    """
+    if is_hf_folder(folder):
+        checkpoint = HfCheckpoint.open(folder)
+        load_hf_weights(chunks, provider_of(checkpoint.config), checkpoint)
+    else:
+        with open_weights(resolve_checkpoint(folder)) as source:
+            fill(chunks, source)
+
+
+@contextmanager
+def open_weights(folder: Path) -> Iterator[MegatronSource]:
+    """Open the model's tensors of a Megatron checkpoint; no code that may lie in its files is run."""
+    content = restricted_load.load_common(folder).get("content_metadata") or {}
+    if content.get("singleton_local_shards"):
+        raise CheckpointError(
+            f"{folder} has a tensor for each layer and expert: save it with singleton_local_shards off"
+        )
+    with OpenFiles() as files:
+        yield MegatronSource(folder, read_metadata(folder, skip=is_training_state), files)
 
 
 def save_checkpoint(

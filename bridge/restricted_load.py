@@ -21,9 +21,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import (
-    CachedMetadataFileSystemReader,
-)
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint._nested_dict import set_element
@@ -33,6 +30,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from bridge.contained_path import contained_file
 from bridge.errors import CheckpointError
+from bridge.mapped_reader import MappedReader
 from bridge.torch_dist.restricted_pickle import read_pickle
 
 DTYPES = (
@@ -84,10 +82,8 @@ def read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-class RestrictedReader(CachedMetadataFileSystemReader):
-    """torch's reader of checkpoint files with a restricted unpickler for the metadata."""
-
-    _cached_metadata: Metadata | None
+class RestrictedReader(MappedReader):
+    """A reader of checkpoint files that takes their metadata through a restricted unpickler."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._cached_metadata is None:

@@ -1,0 +1,137 @@
+"""Makes the tensors of a sharded model whole, bucket by bucket, within each copy of the model."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import parallel_state
+
+from bridge.distributed import device
+from bridge.gather_plan import Buckets, Part, Piece
+from bridge.mapping import WeightPlan
+from bridge.shards import Box, rows_of_block
+
+Named = tuple[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Replica:
+    """The ranks that hold one copy of the model between them, this one among them."""
+
+    group: torch.distributed.ProcessGroup | None
+    ranks: list[int]
+
+
+def model_replica() -> Replica:
+    """Return the smallest of Megatron's groups that holds a copy of the model.
+
+    That is the model-parallel group; with experts theirs, if it contains the former; else all ranks.
+    """
+    groups = (
+        parallel_state.get_model_parallel_group(),
+        parallel_state.get_expert_tensor_model_pipeline_parallel_group(),
+    )
+    dense, experts = (torch.distributed.get_process_group_ranks(group) for group in groups)
+    everywhere: list[tuple[list[int], list[int]]] = [([], [])] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, (dense, experts))
+    if all(set(inner) <= set(outer) for outer, inner in everywhere):
+        return Replica(groups[0], dense)
+    if all(set(inner) <= set(outer) for inner, outer in everywhere):
+        return Replica(groups[1], experts)
+    return Replica(None, list(range(torch.distributed.get_world_size())))
+
+
+class Gathering:
+    """The pieces of the tensors, and those tensors that are not yet complete."""
+
+    def __init__(
+        self,
+        plan: WeightPlan,
+        tensors: dict[str, list[Piece]],
+        own: dict[Box, torch.Tensor],
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._plan = plan
+        self._names = list(tensors)
+        self._pieces = list(tensors.values())
+        self._own = own
+        self._dtype = dtype
+        self._missing = [sum(piece.num_elements for piece in pieces) for pieces in self._pieces]
+        self._open: dict[int, torch.Tensor] = {}
+
+    def run(self, replica: Replica, bucket_size: int, first_rank_only: bool) -> Iterator[Named]:
+        """Yield the tensors as they become complete."""
+        if len(replica.ranks) == 1:
+            for tensor, pieces in enumerate(self._pieces):
+                for piece in pieces:
+                    yield from self._put(tensor, piece, self._rows(piece))
+            return
+        half = bucket_size // 2
+        wire = Wire(replica, first_rank_only)
+        for parts in Buckets(self._pieces, len(replica.ranks), half // len(replica.ranks), half):
+            sent = wire.buffer("sent", max(part.size for part in parts))
+            for _, piece, offset in parts[wire.rank].placed:
+                view(sent, piece, offset).copy_(self._rows(piece))
+            received = wire.exchange(sent)
+            yield from self._unpack(parts, received) if received is not None else ()
+
+    def _unpack(self, parts: list[Part], received: torch.Tensor) -> Iterator[Named]:
+        placed = sorted(
+            (tensor, rank, offset, piece)
+            for rank, part in enumerate(parts)
+            for tensor, piece, offset in part.placed
+        )
+        for tensor, rank, offset, piece in placed:
+            yield from self._put(tensor, piece, view(received[rank], piece, offset))
+
+    def _rows(self, piece: Piece) -> torch.Tensor:
+        box = piece.box
+        return self._own[box][piece.first - box.offsets[0] : piece.last - box.offsets[0]]
+
+    def _put(self, tensor: int, piece: Piece, rows: torch.Tensor) -> Iterator[Named]:
+        """Put rows where they belong; yield their tensor if it is complete."""
+        if tensor not in self._open:
+            shape = self._plan.hf_shapes[self._names[tensor]]
+            dtype = self._dtype or piece.box.dtype
+            self._open[tensor] = torch.empty(shape, dtype=dtype, device=rows.device)
+        target = rows_of_block(self._open[tensor], self._plan, piece.block)
+        target = target.narrow(0, piece.first - piece.block.megatron_row, piece.shape[0])
+        for axis, (start, size) in enumerate(zip(piece.box.offsets[1:], piece.shape[1:], strict=True), 1):
+            target = target.narrow(axis, start, size)
+        target.copy_(rows)
+        self._missing[tensor] -= piece.num_elements
+        if self._missing[tensor] == 0:
+            yield self._names[tensor], self._open.pop(tensor)
+
+
+def view(part: torch.Tensor, piece: Piece, offset: int) -> torch.Tensor:
+    """Return a piece's bytes in a part of a bucket as its rows."""
+    return part[offset : offset + piece.nbytes].view(piece.dtype).view(piece.shape)
+
+
+class Wire:
+    """The collective of one replica, with buffers that every bucket uses again."""
+
+    def __init__(self, replica: Replica, first_rank_only: bool) -> None:
+        self.rank = replica.ranks.index(torch.distributed.get_rank())
+        self._replica = replica
+        self._first_rank_only = first_rank_only
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def buffer(self, name: str, size: int) -> torch.Tensor:
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=torch.uint8, device=device())
+        return self._buffers[name][:size]
+
+    def exchange(self, sent: torch.Tensor) -> torch.Tensor | None:
+        """Return what every rank of the replica sent, one row a rank; None on ranks that get nothing."""
+        ranks, group = len(self._replica.ranks), self._replica.group
+        if self._first_rank_only and torch.distributed.get_rank() != 0:
+            torch.distributed.gather(sent, None, dst=0, group=group)
+            return None
+        received = self.buffer("received", ranks * sent.numel())
+        if self._first_rank_only:
+            torch.distributed.gather(sent, list(received.view(ranks, -1)), dst=0, group=group)
+        else:
+            torch.distributed.all_gather_into_tensor(received, sent, group=group)
+        return received.view(ranks, -1)

@@ -1,0 +1,153 @@
+"""Where a live model's weights come from: a Megatron checkpoint or a Hugging Face folder, both mapped.
+
+A source fills one shard at a time, in place, from the pages that hold its part of the global tensor.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from bridge.byte_copy import OpenFiles
+from bridge.contained_path import contained_file
+from bridge.coverage import check_hf_coverage
+from bridge.errors import CheckpointError
+from bridge.hf_checkpoint import HfCheckpoint
+from bridge.mapped_files import MappedFiles, StoredItems, copy_elements
+from bridge.mapping import Block, WeightPlan
+from bridge.shards import Box, Shard, blocks_by_tensor, check_model_coverage, overlap, rows_of_block
+from bridge.torch_dist.metadata import METADATA, Chunk, TorchDistMetadata
+
+
+class WeightSource(Protocol):
+    """Weights of one model by Megatron's global tensors."""
+
+    def check(self, boxes: set[Box]) -> None:
+        """Raise an InputError unless the model that has `boxes` on its ranks has exactly these tensors."""
+
+    def fill(self, shard: Shard) -> None:
+        """Copy the shard's part of its global tensor into it, cast to its dtype.
+
+        Rows that only pad the vocabulary become zero; anything else that is missing is a CheckpointError.
+        """
+
+
+class HfSource:
+    """The tensors of a Hugging Face folder, in the rows that Megatron has them."""
+
+    def __init__(self, plan: WeightPlan, checkpoint: HfCheckpoint) -> None:
+        check_hf_coverage(plan, checkpoint)
+        self._plan = plan
+        self._checkpoint = checkpoint
+        self._blocks = blocks_by_tensor(plan)
+        self._mapped = MappedFiles()
+
+    def check(self, boxes: set[Box]) -> None:
+        check_model_coverage(self._blocks, boxes)
+
+    def fill(self, shard: Shard) -> None:
+        box = shard.box
+        check_shape(shard, self._plan.megatron_shapes[box.key], self._checkpoint.path)
+        if shard.may_be_padded:
+            shard.data.zero_()
+        for block in self._blocks[box.key, box.lead]:
+            first, last = overlap(block, box)
+            if first < last:
+                target = shard.data[first - box.offsets[0] : last - box.offsets[0]]
+                self._copy_rows(target, block, first - block.megatron_row, box.offsets[1:])
+
+    def _copy_rows(self, target: torch.Tensor, block: Block, skip: int, columns: tuple[int, ...]) -> None:
+        """Copy a block's rows from `skip` on, with the columns from `columns` on that `target` has."""
+        stored = self._checkpoint.tensors[block.hf]
+        elements = self._mapped.elements(stored.file, stored.offset, stored.shape, stored.dtype)
+        rows = rows_of_block(elements, self._plan, block)
+        for axis, (offset, size) in enumerate(zip((skip, *columns), target.shape, strict=True)):
+            rows = rows.narrow(axis, offset, size)
+        copy_elements(target, rows, stored.dtype)
+
+
+class MegatronSource:
+    """The model's tensors of a `torch_dist` checkpoint, whatever chunks they are stored in."""
+
+    def __init__(self, folder: Path, metadata: TorchDistMetadata, files: OpenFiles) -> None:
+        self._folder = folder
+        self._tensors = metadata.tensors
+        self._items = StoredItems(files, MappedFiles())
+        self._chunks: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
+        self._paths: dict[str, Path] = {}
+
+    def check(self, boxes: set[Box]) -> None:
+        model = {box.key for box in boxes}
+        if missing := sorted(model - self._tensors.keys()):
+            raise CheckpointError(f"{self._folder} has no {missing[0]!r}, which the model needs")
+        if extra := sorted(self._tensors.keys() - model):
+            raise CheckpointError(f"{self._folder} has {extra[0]!r}, which the model has no place for")
+
+    def fill(self, shard: Shard) -> None:
+        box, stored = shard.box, self._tensors[shard.box.key]
+        check_shape(shard, stored.shape, self._folder)
+        if shard.may_be_padded:
+            shard.data.zero_()
+        begin, size = (*box.lead, *box.offsets), (*(1 for _ in box.lead), *box.sizes)
+        target = shard.data[(None,) * len(box.lead)]
+        found = 0
+        for chunk in self._chunks_at(box.key, box.lead):
+            first = [max(pair) for pair in zip(begin, chunk.offsets, strict=True)]
+            last = [
+                min(a + n, b + m) for a, n, b, m in zip(begin, size, chunk.offsets, chunk.sizes, strict=True)
+            ]
+            count = [max(0, end - start) for start, end in zip(first, last, strict=True)]
+            if all(count):
+                self._copy(chunk, box.key, first, count, narrowed(target, begin, first, count))
+                found += math.prod(count)
+        inside = [min(a + n, whole) - a for a, n, whole in zip(begin, size, stored.shape, strict=True)]
+        if found != math.prod(max(0, number) for number in inside):
+            raise CheckpointError(
+                f"{self._folder}: the chunks of {box.key!r} overlap or leave a gap at {begin}"
+            )
+
+    def _copy(self, chunk: Chunk, key: str, first: list[int], count: list[int], target: torch.Tensor) -> None:
+        name, start, length = chunk.place
+        if name not in self._paths:
+            self._paths[name] = contained_file(self._folder, name, self._folder / METADATA)
+        elements, dtype = self._items.elements(self._paths[name], start, length, chunk.sizes, key)
+        copy_elements(target, narrowed(elements, chunk.offsets, first, count), dtype)
+
+    def _chunks_at(self, key: str, lead: tuple[int, ...]) -> list[Chunk]:
+        if key not in self._chunks:
+            self._chunks[key] = chunks_by_lead(self._tensors[key].chunks, len(lead))
+        return self._chunks[key].get(lead, [])
+
+
+def check_shape(shard: Shard, stored: tuple[int, ...], where: Path) -> None:
+    """Raise CheckpointError unless a stored global tensor has the model's shape, vocabulary padding aside."""
+    found, wanted, row = list(stored), list(shard.global_shape), len(shard.box.lead)
+    if shard.may_be_padded and len(found) == len(wanted):
+        found[row] = wanted[row]
+    if found != wanted:
+        raise CheckpointError(
+            f"{where} has {shard.box.key!r} of shape {list(stored)}, the model wants {wanted}"
+        )
+
+
+def chunks_by_lead(chunks: list[Chunk], num_leads: int) -> dict[tuple[int, ...], list[Chunk]]:
+    """Sort chunks by the leads that they hold rows of; most hold one."""
+    found: dict[tuple[int, ...], list[Chunk]] = defaultdict(list)
+    for chunk in chunks:
+        boxes = list(zip(chunk.offsets, chunk.sizes, strict=True))[:num_leads]
+        for lead in itertools.product(*(range(offset, offset + size) for offset, size in boxes)):
+            found[lead].append(chunk)
+    return found
+
+
+def narrowed(
+    tensor: torch.Tensor, begin: Sequence[int], first: Sequence[int], count: Sequence[int]
+) -> torch.Tensor:
+    """Return the part from `first` on, `count` long on each axis, of a tensor that begins at `begin`."""
+    for axis, (start, offset, size) in enumerate(zip(begin, first, count, strict=True)):
+        tensor = tensor.narrow(axis, offset - start, size)
+    return tensor
