@@ -5,6 +5,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from bridge.core_attention import CoreAttention
+from bridge.latent_attention import use_latent_attention
 from bridge.norms import AllHeadsRMSNorm
 from bridge.post_norm import post_norm_linear
 from bridge.provider import GPTModelProvider
@@ -26,6 +27,8 @@ def add_features(layer: ModuleSpec, provider: GPTModelProvider, transformer_engi
         )
     if not provider.pre_layernorm:
         remove_pre_norms(layer, transformer_engine)
+    if provider.multi_latent_attention:
+        use_latent_attention(layer, provider, transformer_engine)
 
 
 def norm_of_all(heads: str) -> ModuleSpec:

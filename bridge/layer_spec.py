@@ -32,10 +32,14 @@ def layer_spec(
     """Return the modules of one layer, or of a block whose layers differ from one another."""
     engine = uses_transformer_engine(provider)
     if engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=provider.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=provider.qk_layernorm, multi_latent_attention=provider.multi_latent_attention
+        )
     else:
         spec = get_gpt_layer_local_spec(
-            qk_layernorm=provider.qk_layernorm, normalization=provider.normalization
+            qk_layernorm=provider.qk_layernorm,
+            multi_latent_attention=provider.multi_latent_attention,
+            normalization=provider.normalization,
         )
     add_features(spec, provider, engine)
     return spec

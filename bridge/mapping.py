@@ -74,6 +74,13 @@ counting.
 SIZES = {
     "query_size": lambda p: p.num_attention_heads * p.kv_channels,
     "key_value_size": lambda p: p.num_query_groups * p.kv_channels,
+    # of latent attention: all heads' queries; the latent and the rotated key; all heads' keys and values
+    "latent_query_size": lambda p: p.num_attention_heads * (p.qk_head_dim + p.qk_pos_emb_head_dim),
+    "latent_size": lambda p: p.kv_lora_rank + p.qk_pos_emb_head_dim,
+    "latent_key_value_size": lambda p: p.num_attention_heads * (p.qk_head_dim + p.v_head_dim),
+    "latent_value_size": lambda p: p.num_attention_heads * p.v_head_dim,
+    # of multi-token prediction: an embedding and a hidden state side by side
+    "prediction_input_size": lambda p: 2 * p.hidden_size,
 }
 
 

@@ -12,7 +12,9 @@ from megatron.core.transformer.module import Float16Module
 from torch.nn import functional
 
 from bridge import distributed
+from bridge.latent_attention import rope_settings, set_frequencies
 from bridge.layer_spec import layer_spec, uses_transformer_engine
+from bridge.mtp_model import PredictingGPTModel, prediction_spec
 from bridge.provider import GPTModelProvider
 from bridge.rotary import inverse_frequencies
 
@@ -35,6 +37,8 @@ def transformer_config(
     config_class = MLATransformerConfig if provider.multi_latent_attention else TransformerConfig
     known = {field.name for field in dataclasses.fields(config_class)}
     described = {name: value for name, value in vars(provider).items() if name in known - CONVERTED}
+    if provider.multi_latent_attention:
+        described.update(rope_settings(provider))
     return config_class(
         **{**described, **settings},
         transformer_impl="transformer_engine" if uses_transformer_engine(provider) else "local",
@@ -69,9 +73,12 @@ def provide(
     if post_process is None:
         post_process = parallel_state.is_pipeline_last_stage(**stage)
     config = config or transformer_config(provider)
-    model = GPTModel(
+    layers = layer_spec(provider, config, vp_stage)
+    predicts = config.mtp_num_layers is not None
+    model = (PredictingGPTModel if predicts else GPTModel)(
         config,
-        layer_spec(provider, config, vp_stage),
+        layers,
+        mtp_block_spec=prediction_spec(layers, config, uses_transformer_engine(provider), vp_stage),
         vocab_size=provider.padded_vocab_size,
         max_sequence_length=provider.max_position_embeddings,
         pre_process=pre_process,
@@ -82,7 +89,11 @@ def provide(
         rotary_base=provider.rotary_base,
         vp_stage=vp_stage,
     )
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(provider).to(distributed.device())
+    frequencies = inverse_frequencies(provider).to(distributed.device())
+    if provider.multi_latent_attention:
+        set_frequencies(model, frequencies)
+    else:
+        model.rotary_pos_emb.inv_freq = frequencies
     if post_process:
         mask_padded_logits(model, provider)
     return model

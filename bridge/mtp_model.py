@@ -1,0 +1,37 @@
+"""The live side of multi-token prediction: its block's spec, and logits without labels."""
+
+import copy
+from typing import Any
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+
+class PredictingGPTModel(GPTModel):
+    """GPTModel with multi-token prediction, whose decoder answers alone where there are no labels.
+
+    Megatron's needs labels to compute the prediction loss (models/gpt/gpt_model.py, _postprocess), and runs
+    prediction layers for nothing without.
+    """
+
+    def _postprocess(self, *, labels: Tensor | None, mtp_in_postprocess: bool, **options: Any) -> Tensor:
+        if labels is not None:
+            return super()._postprocess(labels=labels, mtp_in_postprocess=mtp_in_postprocess, **options)
+        config, self.config = self.config, copy.copy(self.config)
+        self.config.mtp_num_layers = None
+        try:
+            return super()._postprocess(labels=None, mtp_in_postprocess=False, **options)
+        finally:
+            self.config = config
+
+
+def prediction_spec(
+    layers: Any, config: TransformerConfig, transformer_engine: bool, vp_stage: int | None
+) -> ModuleSpec | None:
+    """Return the prediction layers of this pipeline stage, like the last of `layers`; None if it has none."""
+    if config.mtp_num_layers is None:
+        return None
+    return get_gpt_mtp_block_spec(config, layers, transformer_engine, vp_stage)
