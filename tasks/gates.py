@@ -168,6 +168,7 @@ def conclude(verdicts: list[Verdict], folder: Path, context: StepContext, step: 
         "gates": {each["gate"]: each for each in verdicts},
     }
     kept = context.keep(REPORT, report)
+    context.run.log_file(kept)
     rows = gate_rows(verdicts)
     context.table(f"{step}-gates", rows, f"Gates of {step}: {'passed' if report['passed'] else 'FAILED'}")
     if not report["passed"]:

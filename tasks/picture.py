@@ -41,14 +41,14 @@ def draw_differences(
 def _lines(
     axes: "Axes", rows: "DataFrame", column: str, value: str, threshold: float, marker: str = ""
 ) -> None:
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
     groups = rows.groupby("prompt")
     for prompt, group in groups:
         label = f"prompt {prompt}" if len(groups) <= LEGEND_PROMPTS else None
         heights = group[value].clip(lower=SMALLEST)
         axes.plot(group[column], heights, linewidth=1, marker=marker, markersize=3, label=label)
     axes.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"allowed: {threshold:.2g}")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3)
 
 
 def _passed(verdicts: list[dict[str, Any]]) -> bool:

@@ -115,9 +115,13 @@ def test_import_and_export(hf: Path, tmp_path: Path) -> None:
 
 def test_compare(hf: Path, tmp_path: Path) -> None:
     run("import", hf, tmp_path / "megatron")
-    same = run("compare", hf, tmp_path / "megatron", "--num-prompts", 1, "--prompt-length", 4)
+    small = ("--num-prompts", 1, "--prompt-length", 4)
+    same = run("compare", hf, tmp_path / "megatron", *small, "--report", tmp_path / "report")
     assert same.returncode == 0, same.stderr
+    assert "float32: the two agree at every layer and position" in same.stdout
     assert "the two are the same model" in same.stdout
+    tables = ("ledger.csv", "float32/logits.jsonl", "float32/layers.jsonl", "float32/differences.png")
+    assert all((tmp_path / "report" / name).is_file() for name in ("report.json", *tables))
     other = make_hf_checkpoint(tmp_path / "other", "llama", seed=1)
     report = tmp_path / "report.json"
     different = run(
@@ -126,7 +130,39 @@ def test_compare(hf: Path, tmp_path: Path) -> None:
     assert different.returncode == 1
     assert different.stderr == ""
     assert json.loads(different.stdout) == json.loads(report.read_text())
-    assert [gate["passed"] for gate in json.loads(report.read_text())["gates"]] == [False]
+    gates = {gate["gate"]: gate["passed"] for gate in json.loads(report.read_text())["gates"]}
+    assert gates == {"coverage_a": True, "coverage_b": True, "tensors": False}
+
+
+def test_compare_says_where_two_ends_part(hf: Path, tmp_path: Path) -> None:
+    """Another rope base: every tensor is the same, the first layer is not."""
+    other = copy_checkpoint(hf, tmp_path / "other")
+    rope = json.loads((hf / "config.json").read_text())["rope_parameters"]
+    edit_json(other / "config.json", rope_parameters={**rope, "rope_theta": 10000.0})
+    picture = tmp_path / "differences.png"
+    result = run("compare", hf, other, "--num-prompts", 1, "--prompt-length", 8, "--picture", picture)
+    assert result.returncode == 1
+    assert "config: rope_parameters.rope_theta is 500000.0 in hf and 10000.0 in other" in result.stdout
+    assert "float32: the two part at layer 1 of 4" in result.stdout
+    assert "tensors                different" in result.stdout
+    assert picture.is_file()
+
+
+def test_compare_of_an_end_that_lacks_a_tensor_fails(hf: Path, tmp_path: Path) -> None:
+    shard = json.loads((hf / "model.safetensors.index.json").read_text())["weight_map"]["lm_head.weight"]
+    result = run("compare", hf, without_shard(hf, tmp_path / "other", shard))
+    assert result.returncode == 1, result.stderr
+    assert "coverage_b: " in result.stdout
+    assert "lm_head.weight" in result.stdout
+
+
+def without_shard(source: Path, folder: Path, shard: str) -> Path:
+    copy_checkpoint(source, folder)
+    (folder / shard).unlink()
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    edit_json(index, weight_map={name: file for name, file in weight_map.items() if file != shard})
+    return folder
 
 
 def test_bad_checkpoints_are_refused_and_nothing_is_written(hf: Path, tmp_path: Path) -> None:

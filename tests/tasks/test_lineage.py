@@ -38,6 +38,8 @@ def recorded(workspace) -> tuple[MlflowClient, MlflowLineage, str]:
     versions = [lineage.register_model("tiny", "s3://b/p", DIGEST, "released", {"k": "v"}) for _ in range(2)]
     assert versions == ["1", "1"]
     step.set_tags({"artifact.path": "/somewhere"})
+    (workspace / "differences.png").write_bytes(b"a picture")
+    step.log_file(workspace / "differences.png")
     step.finish("FINISHED")
     assert lineage.finish("FINISHED") == []
     return MlflowClient(lineage.uri), lineage, step.run_id
@@ -58,6 +60,7 @@ def test_parent_and_child_runs(recorded) -> None:
     assert child.data.tags["artifact.path"] == "/somewhere"
     assert {parent.info.status, child.info.status} == {"FINISHED"}
     assert len(child.data.params) == 150
+    assert [file.path for file in client.list_artifacts(child_id)] == ["differences.png"]
 
 
 def test_every_point_of_a_curve_once(recorded) -> None:

@@ -5,9 +5,23 @@ import json
 import pytest
 
 from tasks.errors import ArtifactError
-from tasks.tables import LedgerTable, Logits, check_metrics, checked
+from tasks.tables import Layers, LedgerTable, Logits, check_metrics, checked
 
-LEDGER_ROW = {"name": "lm_head.weight", "dtype": "bfloat16", "shape": "[4, 2]", "sha256": "a" * 64}
+SIDE = {"file": "model.safetensors", "offset": 8, "shape": "[4, 2]", "dtype": "bfloat16", "sha256": "a" * 64}
+LEDGER_ROW = {
+    "name": "lm_head.weight",
+    "rule": "OutputMapping output_layer.weight",
+    "state": "equal",
+    **{f"{name}_{end}": value for end in "ab" for name, value in SIDE.items()},
+}
+LAYER_ROW = {
+    "prompt": 0,
+    "layer": 3,
+    "relative": float("nan"),
+    "relative_mean": float("nan"),
+    "worst_position": 0,
+    "max_abs": float("nan"),
+}
 
 
 def metrics_file(tmp_path, **changes):
@@ -52,11 +66,24 @@ def test_empty_metrics(tmp_path) -> None:
         check_metrics(tmp_path / "none.jsonl")
 
 
-@pytest.mark.parametrize("change", [{"sha256": "short"}, {"dtype": "F8"}, {"name": ""}])
+@pytest.mark.parametrize(
+    "change",
+    [{"sha256_a": "short", "sha256_b": "short"}, {"dtype_b": "F8"}, {"name": ""}, {"state": "similar"}],
+)
 def test_bad_ledger(change) -> None:
     checked(LedgerTable, [LEDGER_ROW], "ledger")
     with pytest.raises(ArtifactError, match=next(iter(change))):
         checked(LedgerTable, [{**LEDGER_ROW, **change}], "ledger")
+
+
+def test_a_tensor_of_one_end_is_a_row() -> None:
+    row = {**LEDGER_ROW, "state": "only in a", **{f"{name}_b": None for name in SIDE}}
+    checked(LedgerTable, [row], "ledger")
+
+
+def test_tensors_of_two_digests_are_not_equal() -> None:
+    with pytest.raises(ArtifactError, match="equal means equal digests"):
+        checked(LedgerTable, [{**LEDGER_ROW, "sha256_b": "b" * 64}], "ledger")
 
 
 def test_repeated_tensor() -> None:
@@ -70,3 +97,9 @@ def test_logits_of_a_broken_model_are_a_table() -> None:
     checked(Logits, [row], "logits")
     with pytest.raises(ArtifactError, match="position"):
         checked(Logits, [{**row, "position": -1}], "logits")
+
+
+def test_layers_of_a_broken_model_are_a_table() -> None:
+    checked(Layers, [LAYER_ROW], "layers")
+    with pytest.raises(ArtifactError, match="Layers"):
+        checked(Layers, [LAYER_ROW, LAYER_ROW], "layers")
