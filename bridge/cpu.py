@@ -128,13 +128,15 @@ def keep_transformer_engine_out() -> None:
     """transformer_block.py, optimizer.py and clip_grads.py take Transformer Engine wherever it is installed.
 
     Its final norm and multi-tensor kernels are for CUDA only, and a machine that has it may hide its GPUs.
+    multi_latent_attention.py thinks that it is there even where it is not.
     """
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads, optimizer
-    from megatron.core.transformer import transformer_block
+    from megatron.core.transformer import multi_latent_attention, transformer_block
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     transformer_block.LayerNormImpl = WrappedTorchNorm
+    multi_latent_attention.HAVE_TE = False
     for module in (clip_grads, optimizer):
         module.multi_tensor_applier = utils.local_multi_tensor_applier
         module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
