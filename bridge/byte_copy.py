@@ -43,8 +43,6 @@ class OpenFiles:
 class ThreadBuffer(threading.local):
     """A buffer of each thread's own, used again for every copy."""
 
-    SIZE = BUFFER_SIZE
-
     def __init__(self, size: int = BUFFER_SIZE) -> None:
         self.view = memoryview(bytearray(size))
 

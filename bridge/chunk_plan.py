@@ -78,7 +78,9 @@ class ChunkPlanner:
             by_place[block.key, block.lead].append(block)
         # Layers that differ from one another have their number in the key.
         places = sorted(by_place.items(), key=lambda item: (item[0][1], in_layers(item[0][0])))
-        return [piece for _, blocks in places for group in _chunk_groups(blocks) for piece in self._cut(group)]
+        return [
+            piece for _, blocks in places for group in _chunk_groups(blocks) for piece in self._cut(group)
+        ]
 
     def _cut(self, blocks: list[Block]) -> Iterator[Piece]:
         key, lead = blocks[0].key, blocks[0].lead

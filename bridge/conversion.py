@@ -34,9 +34,10 @@ def check_workers(workers: int) -> None:
 
 def origin_of(plan: WeightPlan, files: Iterable[Path], **settings: Any) -> dict[str, Any]:
     """Say what a conversion's result depends on: its plan, the files that it reads, its settings."""
+    content = (plan.blocks, plan.hf_shapes, plan.megatron_shapes, plan.tied, sorted(plan.transposed))
     stats = {str(file.absolute()): file.stat() for file in files}
     return {
-        "plan": hashlib.sha256(repr(plan).encode()).hexdigest(),
+        "plan": hashlib.sha256(repr(content).encode()).hexdigest(),
         "files": {name: [found.st_size, found.st_mtime_ns] for name, found in sorted(stats.items())},
         **settings,
     }

@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import os
-import re
 import shutil
 import struct
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -13,26 +13,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bridge.byte_copy import OpenFiles, Progress, ProgressCounter, for_each, write_from
-from bridge.conversion import Conversion, check_workers
-from bridge.dtypes import ITEM_SIZES, TO_SAFETENSORS
-from bridge.errors import ConfigError
+from bridge.chunk_plan import in_layers
+from bridge.conversion import Conversion, check_workers, origin_of
+from bridge.dtypes import ITEM_SIZES, TO_SAFETENSORS, check_weight_dtype
 from bridge.families import family_named
 from bridge.hf_checkpoint import CONFIG, INDEX, SINGLE_SHARD
 from bridge.hf_view import HfView, ViewedTensor
 from bridge.megatron_checkpoint import MegatronCheckpoint
-from bridge.staging import staged_folder
+from bridge.memory import DEFAULT_LIMIT, MemoryLimit
+from bridge.sizes import parse_size
+from bridge.staging import Journal, resumable_folder
+from bridge.torch_dist.metadata import METADATA
 
 MAX_RANGE_SIZE = 32 << 20  # bytes that a worker copies at a time
-SIZE_UNITS = {
-    "": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
 
 
 def export_checkpoint(
@@ -40,39 +33,38 @@ def export_checkpoint(
     hf_path: str | Path,
     *,
     workers: int = 2,
+    max_memory: str = DEFAULT_LIMIT,
     max_shard_size: str = "5GB",
+    dtype: str | None = None,
     progress: Progress | None = None,
     config_from: str | Path | None = None,
 ) -> Conversion:
     """Write a Megatron checkpoint, of Bridgeworks or of training, as a new Hugging Face folder.
 
-    Weights keep their dtype and config.json follows it. `config_from` is a Hugging Face folder whose config
-    and tokenizer are used instead of the checkpoint's own. `progress(done, total)` is called with bytes.
-    Anything wrong with the source or the destination is an InputError, and nothing is left behind.
+    Weights keep their dtype, or are cast to `dtype`, and config.json follows it. `config_from` is a Hugging
+    Face folder whose config and tokenizer are used instead of the checkpoint's own. `progress(done, total)`
+    is called with bytes. Anything wrong with the source or the destination is an InputError, and nothing is
+    left behind; a conversion that was killed or stopped goes on from its finished files.
     """
     began = time.monotonic()
     check_workers(workers)
-    limit = parse_size(max_shard_size)
+    check_weight_dtype(dtype)
+    memory = MemoryLimit(max_memory)
+    limit = parse_size(max_shard_size, "max_shard_size")
     checkpoint = MegatronCheckpoint.open(megatron_path, config_from)
     with OpenFiles() as files:
-        view = HfView(checkpoint, files)
+        view = HfView(checkpoint, files, dtype)
         total = sum(tensor.nbytes for tensor in view.tensors.values())
-        with staged_folder(Path(hf_path), total) as folder:
-            _write_weights(folder, view, limit, workers, ProgressCounter(total, progress))
-            _write_config(folder / CONFIG, checkpoint, view)
+        counter = ProgressCounter(total, progress)
+        names = sorted({place.file for place in checkpoint.places})
+        read = [checkpoint.path / name for name in (METADATA, *names)]
+        origin = origin_of(view.plan, read, kind="export", dtype=dtype, max_shard_size=limit)
+        with resumable_folder(Path(hf_path), total, origin) as journal:
+            _write_config(journal.folder / CONFIG, checkpoint, view)
             for file in checkpoint.side_files:
-                shutil.copyfile(file, folder / file.name)
-    return Conversion(Path(hf_path), len(view.tensors), total, time.monotonic() - began)
-
-
-def parse_size(text: str) -> int:
-    """Read a size such as "5GB" or "200MiB" in bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in SIZE_UNITS or float(match[1]) <= 0:
-        raise ConfigError(
-            f"max_shard_size is {text!r}: give a number with one of {', '.join(SIZE_UNITS)[2:]}"
-        )
-    return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
+                shutil.copyfile(file, journal.folder / file.name)
+            _ShardWriter(view, journal, counter).write(_plan_shards(view.tensors, limit), workers, memory)
+    return Conversion(Path(hf_path), len(view.tensors), total, time.monotonic() - began, counter.resumed)
 
 
 class _Shard(NamedTuple):
@@ -82,6 +74,10 @@ class _Shard(NamedTuple):
     header: bytes
     offsets: dict[str, int]
     size: int
+
+    @property
+    def payload_size(self) -> int:
+        return self.size - len(self.header)
 
 
 class _Range(NamedTuple):
@@ -94,26 +90,54 @@ class _Range(NamedTuple):
     position: int
 
 
-def _write_weights(folder: Path, view: HfView, limit: int, workers: int, counter: ProgressCounter) -> None:
-    shards = _plan_shards(view.tensors, limit)
-    targets = [_create(folder / shard.name, shard) for shard in shards]
-    try:
-        ranges = [
-            piece for number, shard in enumerate(shards) for piece in _ranges(number, shard, view.tensors)
-        ]
-        for_each(lambda piece: _copy(piece, view, targets, counter), _interleaved(ranges, workers), workers)
-    finally:
-        for target in targets:
-            os.close(target)
-    if len(shards) > 1:
-        _write_index(folder / INDEX, shards, counter.total)
+class _ShardWriter:
+    """Writes shards with several threads; one is finished when its last range is."""
+
+    def __init__(self, view: HfView, journal: Journal, counter: ProgressCounter) -> None:
+        self._view = view
+        self._journal = journal
+        self._counter = counter
+        self._targets: dict[int, int] = {}
+        self._left: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def write(self, shards: list[_Shard], workers: int, memory: MemoryLimit) -> None:
+        """Write the shards that the journal does not know as finished, and the index of several."""
+        if len(shards) > 1:
+            _write_index(self._journal.folder / INDEX, shards, self._counter.total)
+        waiting = {n: shard for n, shard in enumerate(shards) if shard.name not in self._journal.finished}
+        self._counter.start(sum(s.payload_size for n, s in enumerate(shards) if n not in waiting))
+        workers = self._view.fit(memory, workers)
+        ranges = [piece for n, shard in waiting.items() for piece in _ranges(n, shard, self._view.tensors)]
+        self._left.update(piece.shard for piece in ranges)
+        try:
+            for number, shard in waiting.items():
+                self._targets[number] = _create(self._journal.folder / shard.name, shard)
+            for_each(lambda piece: self._copy(piece, shards), _interleaved(ranges, workers), workers)
+        finally:
+            for target in self._targets.values():
+                os.close(target)
+
+    def _copy(self, piece: _Range, shards: list[_Shard]) -> None:
+        position = piece.position
+        for data in self._view.read(piece.tensor, piece.first, piece.num_rows):
+            write_from(self._targets[piece.shard], data, position)
+            position += len(data)
+        written = position - piece.position
+        assert written == piece.num_rows * self._view.tensors[piece.tensor].row_size, piece
+        with self._lock:
+            self._left[piece.shard] -= 1
+            finished = not self._left[piece.shard]
+        if finished:
+            self._journal.finish(shards[piece.shard].name)
+        self._counter.add(written)
 
 
 def _plan_shards(tensors: dict[str, ViewedTensor], limit: int) -> list[_Shard]:
     """Share the tensors out over shards of at most `limit` bytes, layer by layer."""
     groups: list[list[str]] = [[]]
     size = 0
-    for name in sorted(tensors, key=_by_layer):
+    for name in sorted(tensors, key=in_layers):
         if groups[-1] and size + tensors[name].nbytes > limit:
             groups.append([])
             size = 0
@@ -122,10 +146,6 @@ def _plan_shards(tensors: dict[str, ViewedTensor], limit: int) -> list[_Shard]:
     names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else [SINGLE_SHARD]
     return [_plan_shard(name, group, tensors) for name, group in zip(names, groups, strict=True)]
-
-
-def _by_layer(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _plan_shard(file_name: str, names: list[str], tensors: dict[str, ViewedTensor]) -> _Shard:
@@ -159,8 +179,8 @@ def _ranges(number: int, shard: _Shard, tensors: dict[str, ViewedTensor]) -> Ite
     for name, position in shard.offsets.items():
         tensor = tensors[name]
         step = max(1, MAX_RANGE_SIZE // tensor.row_size)
-        for first in range(0, tensor.shape[0], step):
-            count = min(step, tensor.shape[0] - first)
+        for first in range(0, tensor.num_rows, step):
+            count = min(step, tensor.num_rows - first)
             yield _Range(name, first, count, number, position + first * tensor.row_size)
 
 
@@ -168,15 +188,6 @@ def _interleaved(ranges: list[_Range], workers: int) -> list[_Range]:
     """Order the ranges so that workers are in different shards: a file system writes a file one by one."""
     part = -(-len(ranges) // workers)
     return [ranges[i] for start in range(part) for i in range(start, len(ranges), part)]
-
-
-def _copy(piece: _Range, view: HfView, targets: list[int], counter: ProgressCounter) -> None:
-    position = piece.position
-    for data in view.read(piece.tensor, piece.first, piece.num_rows):
-        write_from(targets[piece.shard], data, position)
-        position += len(data)
-    assert position == piece.position + piece.num_rows * view.tensors[piece.tensor].row_size, piece
-    counter.add(position - piece.position)
 
 
 def _write_index(path: Path, shards: list[_Shard], total: int) -> None:

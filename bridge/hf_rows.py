@@ -34,7 +34,14 @@ def computed_bytes(
 
 
 def read_rows(
-    tensor: HfTensor, files: OpenFiles, first: int, count: int, *, columns: int, step: int = 1, transposed: bool
+    tensor: HfTensor,
+    files: OpenFiles,
+    first: int,
+    count: int,
+    *,
+    columns: int,
+    step: int = 1,
+    transposed: bool,
 ) -> torch.Tensor:
     """Return rows first, first + step, ... of a tensor as the blocks of a plan count them: [count, columns].
 
@@ -57,14 +64,10 @@ def _swapped_rows(tensor: HfTensor, files: OpenFiles, first: int, last: int) -> 
     height, width = tensor.shape[-2:] if not is_swapped(tensor) else tensor.shape[:-3:-1]
     for matrix in range(first // width, -(-last // width)):
         columns = range(max(first - matrix * width, 0), min(last - matrix * width, width))
-        yield _stored_box(
-            tensor, files, range(matrix * height, (matrix + 1) * height), columns, width
-        ).T
+        yield _stored_box(tensor, files, range(matrix * height, (matrix + 1) * height), columns, width).T
 
 
-def _stored_box(
-    tensor: HfTensor, files: OpenFiles, rows: range, columns: range, width: int
-) -> torch.Tensor:
+def _stored_box(tensor: HfTensor, files: OpenFiles, rows: range, columns: range, width: int) -> torch.Tensor:
     """Return rows and columns in the order of the file, where a row has `width` columns."""
     if isinstance(tensor, TensorSlice):
         return _read_box(tensor, files, rows, columns, width)
@@ -73,9 +76,7 @@ def _stored_box(
     return _mxfp4_box(tensor, files, rows, columns)
 
 
-def _read_box(
-    tensor: TensorSlice, files: OpenFiles, rows: range, columns: range, width: int
-) -> torch.Tensor:
+def _read_box(tensor: TensorSlice, files: OpenFiles, rows: range, columns: range, width: int) -> torch.Tensor:
     found = torch.empty((len(rows), len(columns)), dtype=getattr(torch, tensor.dtype))
     data, descriptor, size = bytes_of(found), files.descriptor(tensor.file), found.element_size()
     start = tensor.offset + (rows.start * width + columns.start) * size

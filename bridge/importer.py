@@ -75,9 +75,7 @@ def _read_files(source: HfCheckpoint) -> set[Path]:
     return {source.path / CONFIG, *shards}
 
 
-def _stored_dtypes(
-    plan: WeightPlan, tensors: dict[str, HfTensor], wanted: str | None
-) -> dict[str, str]:
+def _stored_dtypes(plan: WeightPlan, tensors: dict[str, HfTensor], wanted: str | None) -> dict[str, str]:
     """Return the dtype of every key: `wanted`, or the one that holds all of its parts exactly."""
     found: dict[str, set[str]] = defaultdict(set)
     for block in plan.blocks:

@@ -6,17 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bridge.byte_copy import OpenFiles, ProgressCounter, ThreadBuffer, copy_range, for_each, write_from
+from bridge.byte_copy import (
+    BUFFER_SIZE,
+    OpenFiles,
+    ProgressCounter,
+    ThreadBuffer,
+    copy_range,
+    for_each,
+    write_from,
+)
 from bridge.chunk_plan import ByteRange, HfRows, Piece
-from bridge.memory import MemoryLimit
+from bridge.memory import MAX_PART_SIZE, MIN_BUFFER_SIZE, MemoryLimit
 from bridge.quantization import HfTensor
 from bridge.staging import Journal
 from bridge.torch_dist.items import ALIGNMENT, TensorItem
 from bridge.torch_dist.metadata import Chunk, Place, TorchDistMetadata
-
-# Measured: a conversion by torch is not faster with larger parts.
-MAX_PART_SIZE = 64 << 20  # bytes of working memory
-MIN_BUFFER_SIZE = 16 << 10
 
 
 class ItemFile(NamedTuple):
@@ -57,16 +61,23 @@ class ItemWriter:
         self._metadata = metadata
 
     def write(
-        self, files: list[ItemFile], journal: Journal, workers: int, memory: MemoryLimit, counter: ProgressCounter
+        self,
+        files: list[ItemFile],
+        journal: Journal,
+        workers: int,
+        memory: MemoryLimit,
+        counter: ProgressCounter,
     ) -> None:
         """Write those of `files` that the journal does not know as finished."""
         waiting = [file for file in files if file.name not in journal.finished]
         counter.start(sum(file.nbytes for file in files if file.name in journal.finished))
         computed = max((self._row_cost(part, piece) for part, piece in _computed(waiting)), default=0)
+        if computed:
+            import torch  # noqa: F401 -- now, so that what it takes is counted
         workers, size = memory.share(
-            workers, least=max(computed, MIN_BUFFER_SIZE), most=MAX_PART_SIZE if computed else ThreadBuffer.SIZE
+            workers, max(computed, MIN_BUFFER_SIZE), MAX_PART_SIZE if computed else BUFFER_SIZE
         )
-        buffer = ThreadBuffer(min(size, ThreadBuffer.SIZE))
+        buffer = ThreadBuffer(min(size, BUFFER_SIZE))
 
         def write_file(file: ItemFile) -> None:
             self._write_file(journal.folder / file.name, file, sources, buffer, size, counter)

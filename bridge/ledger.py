@@ -1,18 +1,23 @@
 """The ledger of a checkpoint: one record with a digest for each Hugging Face tensor, at either end."""
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.byte_copy import OpenFiles, Progress, ProgressCounter, ThreadBuffer, for_each, read_into
+from bridge.chunk_plan import HfRows
 from bridge.conversion import check_workers
 from bridge.coverage import check_hf_coverage
 from bridge.errors import CheckpointError
 from bridge.families import plan_weights, provider_of
-from bridge.hf_checkpoint import CONFIG, HfCheckpoint, TensorSlice
+from bridge.hf_checkpoint import CONFIG, HfCheckpoint
 from bridge.hf_view import HfView
 from bridge.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
+from bridge.memory import MAX_PART_SIZE
+from bridge.quantization import HfTensor, stored_slices
+from bridge.shard_header import TensorSlice
 
 EQUAL, DIFFERENT, ONLY_A, ONLY_B = "equal", "different", "only in a", "only in b"
 STATES = (EQUAL, DIFFERENT, ONLY_A, ONLY_B)
@@ -113,19 +118,21 @@ def _hf_records(checkpoint: HfCheckpoint, workers: int, progress: Progress | Non
     records: list[LedgerRecord] = []
     buffer = ThreadBuffer()
 
-    def digest(name: str) -> None:
+    def record(name: str) -> None:
         tensor = tensors[name]
-        sha256 = _digest_slice(tensor, files, buffer.view)
-        file, offset = tensor.file.name, tensor.offset
+        digest = _digest_slice if isinstance(tensor, TensorSlice) else _digest_dequantized
+        sha256 = digest(tensor, files, buffer.view)
+        file, offset = stored_slices(tensor)[0].file.name, stored_slices(tensor)[0].offset
         records.append(LedgerRecord(name, file, offset, tensor.shape, tensor.dtype, sha256, plan.rules[name]))
         counter.add(tensor.nbytes)
 
     with OpenFiles() as files:
-        for_each(digest, tensors, workers)
+        for_each(record, tensors, workers)
     return records
 
 
-def _digest_slice(tensor: TensorSlice, files: OpenFiles, buffer: memoryview) -> str:
+def _digest_slice(tensor: HfTensor, files: OpenFiles, buffer: memoryview) -> str:
+    assert isinstance(tensor, TensorSlice)
     digest = hashlib.sha256()
     descriptor = files.descriptor(tensor.file)
     for start in range(0, tensor.nbytes, len(buffer)):
@@ -135,11 +142,22 @@ def _digest_slice(tensor: TensorSlice, files: OpenFiles, buffer: memoryview) -> 
     return digest.hexdigest()
 
 
+def _digest_dequantized(tensor: HfTensor, files: OpenFiles, buffer: memoryview) -> str:
+    from bridge.hf_rows import computed_bytes  # torch, only where bytes are not enough
+
+    columns = tensor.shape[-1]
+    rows = HfRows("", 0, math.prod(tensor.shape) // columns, columns, 1, transposed=False)
+    num_rows = max(1, MAX_PART_SIZE // rows.working_size(tensor, tensor.dtype))
+    digest = hashlib.sha256()
+    for data in computed_bytes(tensor, rows, tensor.dtype, files, num_rows):
+        digest.update(data)
+    return digest.hexdigest()
+
+
 def _megatron_records(
     checkpoint: MegatronCheckpoint, workers: int, progress: Progress | None
 ) -> Iterable[LedgerRecord]:
     records: list[LedgerRecord] = []
-    rules = checkpoint.plan().rules
     with OpenFiles() as files:
         view = HfView(checkpoint, files)
         counter = ProgressCounter(sum(tensor.nbytes for tensor in view.tensors.values()), progress)
@@ -147,12 +165,14 @@ def _megatron_records(
         def record(name: str) -> None:
             tensor = view.tensors[name]
             sha256 = hashlib.sha256()
-            for data in view.read(name, 0, tensor.shape[0]):
+            for data in view.read(name, 0, tensor.num_rows):
                 sha256.update(data)
             file, offset = view.place(name)
             digest = sha256.hexdigest()
-            records.append(LedgerRecord(name, file, offset, tensor.shape, tensor.dtype, digest, rules[name]))
+            records.append(
+                LedgerRecord(name, file, offset, tensor.shape, tensor.dtype, digest, view.plan.rules[name])
+            )
             counter.add(tensor.nbytes)
 
-        for_each(record, view.tensors, workers)
+        for_each(record, [name for name in view.tensors if name in view.plan.hf_shapes], workers)
     return records

@@ -10,7 +10,7 @@ A training run's folder holds several, `iter_0000100/` and so on, and says which
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from bridge.contained_path import contained_file
 from bridge.errors import CheckpointError
 from bridge.families import plan_weights, provider_of
 from bridge.hf_checkpoint import CONFIG, read_config, read_json_object, side_files
+from bridge.key_forms import as_stored
 from bridge.mapping import WeightPlan
 from bridge.provider import GPTModelProvider
-from bridge.torch_dist.metadata import METADATA, TorchDistMetadata, read_metadata
+from bridge.torch_dist.metadata import METADATA, Place, TorchDistMetadata, read_metadata
 
 MODEL = "model.json"
 HF_FOLDER = "hf"
@@ -52,9 +53,14 @@ class MegatronCheckpoint:
         files = tuple(side_files(hf_folder)) if hf_folder.is_dir() else ()
         return cls(folder, provider, read_metadata(folder, skip=is_training_state), files)
 
+    @property
+    def places(self) -> Iterator[Place]:
+        """Yield where the chunks of the model's tensors lie."""
+        return (chunk.place for tensor in self.metadata.tensors.values() for chunk in tensor.chunks)
+
     def plan(self) -> WeightPlan:
-        """Spell out every block between this checkpoint and its Hugging Face view."""
-        return plan_weights(self.provider)
+        """Spell out every block between this checkpoint, by the keys that it has, and its Hugging Face view."""
+        return as_stored(plan_weights(self.provider), self.metadata.tensors)
 
 
 def is_training_state(key: str) -> bool:

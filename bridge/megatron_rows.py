@@ -42,6 +42,7 @@ class Rows(NamedTuple):
 
     row_size: int
     bands: list[Band]
+    dtype: str
 
 
 class RowLocator:
@@ -66,10 +67,13 @@ class RowLocator:
             for lead in _leads_of(chunk, num_leads):
                 tiles[lead][rows].append(Tile(*box, file, offset))
                 offset += rows[1] * box[1]
+        num_rows = tensor.shape[num_leads]
         row_size = math.prod(tensor.shape[num_leads + 1 :]) * ITEM_SIZES[tensor.dtype]
         every_lead = itertools.product(*(range(size) for size in tensor.shape[:num_leads]))
         return {
-            lead: _bands(f"{key!r} at {list(lead)}", tiles[lead], tensor.shape[num_leads], row_size)
+            lead: Rows(
+                row_size, _bands(f"{key!r} at {list(lead)}", tiles[lead], num_rows, row_size), tensor.dtype
+            )
             for lead in every_lead
         }
 
@@ -105,7 +109,7 @@ def _leads_of(chunk: Chunk, num_leads: int) -> Iterator[Lead]:
     return itertools.product(*(range(offset, offset + size) for offset, size in boxes))
 
 
-def _bands(what: str, tiles: dict[tuple[int, int], list[Tile]], num_rows: int, row_size: int) -> Rows:
+def _bands(what: str, tiles: dict[tuple[int, int], list[Tile]], num_rows: int, row_size: int) -> list[Band]:
     bands = [Band(row, count, sorted(tiles[row, count])) for row, count in sorted(tiles)]
     next_row = 0
     for band in bands:
@@ -115,7 +119,7 @@ def _bands(what: str, tiles: dict[tuple[int, int], list[Tile]], num_rows: int, r
         next_row += band.num_rows
     if next_row != num_rows:
         raise CheckpointError(f"the chunks of {what} end at row {next_row} of {num_rows}")
-    return Rows(row_size, bands)
+    return bands
 
 
 def read_rows(

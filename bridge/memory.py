@@ -10,6 +10,9 @@ DEFAULT_LIMIT = "1GiB"
 # Of the interpreter and the command line, before a conversion begins.
 INTERPRETER = 64 << 20
 MIB = 1 << 20
+MIN_BUFFER_SIZE = 16 << 10
+# Working memory of a thread that computes; measured: larger parts are not faster.
+MAX_PART_SIZE = 64 << 20
 STATUS = Path("/proc/self/statm")  # of Linux: sizes in pages, the second is what is resident
 
 

@@ -2,7 +2,6 @@
 
 import filecmp
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,31 +107,6 @@ def test_progress_counts_every_byte_once(hf_checkpoint: Checkpoints, tmp_path: P
     calls.clear()
     export_checkpoint(tmp_path / "megatron", tmp_path / "hf", progress=lambda *call: calls.append(call))
     assert calls[-1] == (imported.bytes, imported.bytes)
-
-
-def test_a_failure_leaves_nothing(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
-    def fail(done: int, total: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        import_checkpoint(hf_checkpoint("llama"), tmp_path / "megatron", progress=fail)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_killed_conversion_leaves_no_result(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
-    source, destination = hf_checkpoint("llama"), tmp_path / "megatron"
-    code = f"""
-import os, signal
-from bridge.importer import import_checkpoint
-kill = lambda done, total: os.kill(os.getpid(), signal.SIGKILL)
-import_checkpoint({str(source)!r}, {str(destination)!r}, progress=kill)
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["megatron.partial"]
-    import_checkpoint(source, destination)
-    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
-    export_checkpoint(destination, tmp_path / "hf")
-    assert_same_checkpoint(source, tmp_path / "hf")
 
 
 @pytest.mark.parametrize("convert", [import_checkpoint, export_checkpoint])
