@@ -7,7 +7,7 @@ A rule reads its keys into provider fields, and writes them back. Absent keys ha
 from abc import ABC, abstractmethod
 from collections.abc import Mapping as Map
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from bridge.errors import UnsupportedModelError
 from bridge.provider import DTYPES, GPTModelProvider
@@ -188,40 +188,89 @@ class EveryLayer(ConfigRule):
         return {self.key: [self.value] * provider.num_layers}
 
 
+class RopeKeys(NamedTuple):
+    """The parameters of one rope type beside rope_type and rope_theta."""
+
+    needed: frozenset[str] = frozenset()
+    optional: frozenset[str] = frozenset()
+
+
+ORIGINAL = "original_max_position_embeddings"
+PARTIAL = "partial_rotary_factor"
+
 ROPE_KEYS = {
-    "default": frozenset[str](),
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset(
-        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    "default": RopeKeys(),
+    "linear": RopeKeys(frozenset({"factor"})),
+    "dynamic": RopeKeys(frozenset({"factor"})),
+    "llama3": RopeKeys(frozenset({"factor", "low_freq_factor", "high_freq_factor", ORIGINAL})),
+    "yarn": RopeKeys(
+        frozenset({"factor", ORIGINAL}),
+        frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+    ),
+    "longrope": RopeKeys(
+        frozenset({"short_factor", "long_factor", ORIGINAL}), frozenset({"factor", "attention_factor"})
     ),
 }
 
 
 @dataclass(frozen=True)
 class Rope(ConfigRule):
-    """Rotary embedding: `rope_parameters`, or `rope_theta` and `rope_scaling` before transformers 5."""
+    """Rotary embedding: `rope_parameters`, or `rope_theta` and `rope_scaling` before transformers 5.
+
+    `partial` is the share of a head's channels that turn where the config does not say it, in families that
+    have `partial_rotary_factor`; `extra` are keys of a family's own that belong to its rope_parameters.
+    """
 
     theta: float = 10000.0
     types: tuple[str, ...] = tuple(ROPE_KEYS)
-    keys = ("rope_parameters", "rope_theta", "rope_scaling")
+    partial: float | None = None
+    extra: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (
+            "rope_parameters",
+            "rope_theta",
+            "rope_scaling",
+            *(() if self.partial is None else (PARTIAL,)),
+        )
 
     def read(self, config: Config) -> dict[str, Any]:
-        given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-        kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
+        given = {k: v for k, v in self.given(config).items() if v is not None}
+        kind = given.pop("rope_type", None) or given.get("type", "default")
         given.pop("type", None)  # some checkpoints spell it both ways
         theta = float(given.pop("rope_theta", None) or config.get("rope_theta") or self.theta)
+        fields = {}
+        if self.partial is not None:
+            fields["rotary_percent"] = float(given.pop(PARTIAL, None) or config.get(PARTIAL) or self.partial)
         if kind not in self.types:
             raise UnsupportedModelError(
                 f"config.json has rope type {kind!r}: this family supports {', '.join(self.types)}"
             )
-        if wrong := sorted(set(given) ^ ROPE_KEYS[kind]):
+        if ORIGINAL in ROPE_KEYS[kind].needed:
+            given.setdefault(ORIGINAL, config["max_position_embeddings"])
+        self._check_keys(kind, set(given))
+        return {
+            **fields,
+            "rotary_base": theta,
+            "rope_parameters": {"rope_type": kind, "rope_theta": theta, **given},
+        }
+
+    def given(self, config: Config) -> Config:
+        """Return the rope parameters as the config has them."""
+        return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+    def _check_keys(self, kind: str, given: set[str]) -> None:
+        needed, optional = ROPE_KEYS[kind]
+        if wrong := sorted((needed - given) | (given - needed - optional - set(self.extra))):
             state = "unknown" if wrong[0] in given else "missing"
             raise UnsupportedModelError(
                 f"config.json has rope type {kind!r} with {state} key {wrong[0]!r}: it takes"
-                f" {', '.join(sorted(ROPE_KEYS[kind])) or 'none'}"
+                f" {', '.join(sorted(needed | optional)) or 'none'}"
             )
-        rope = {"rope_type": kind, "rope_theta": theta, **given}
-        return {"rotary_base": theta, "rope_parameters": rope}
 
     def write(self, provider: GPTModelProvider) -> dict[str, Any]:
-        return {"rope_parameters": {**provider.rope_parameters, "rope_theta": provider.rotary_base}}
+        partial = {} if self.partial is None else {PARTIAL: provider.rotary_percent}
+        return {
+            "rope_parameters": {**provider.rope_parameters, "rope_theta": provider.rotary_base, **partial}
+        }

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.activations import squared_relu
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
@@ -14,11 +15,23 @@ from torch.nn import functional
 from bridge import distributed
 from bridge.latent_attention import rope_settings, set_frequencies
 from bridge.layer_spec import layer_spec, uses_transformer_engine
+from bridge.model_hooks import add_hooks
 from bridge.mtp_model import PredictingGPTModel, prediction_spec
 from bridge.provider import GPTModelProvider
-from bridge.rotary import inverse_frequencies
+from bridge.rotary import DecoderRotaryEmbedding, attention_factor, inverse_frequencies, set_attention_factor
 
-ACTIVATIONS = {"silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu}
+
+def gelu_tanh(inputs: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(inputs, approximate="tanh")
+
+
+ACTIVATIONS = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu": functional.relu,
+    "squared_relu": squared_relu,
+}
 
 # Fields that are set below in Megatron's types.
 CONVERTED = {"activation_func", "params_dtype", "qk_layernorm", "transformer_impl"}
@@ -39,7 +52,7 @@ def transformer_config(
     described = {name: value for name, value in vars(provider).items() if name in known - CONVERTED}
     if provider.multi_latent_attention:
         described.update(rope_settings(provider))
-    return config_class(
+    config = config_class(
         **{**described, **settings},
         transformer_impl="transformer_engine" if uses_transformer_engine(provider) else "local",
         activation_func=ACTIVATIONS[provider.activation_func],
@@ -57,6 +70,9 @@ def transformer_config(
         # gloo may still be sending an output when the schedule frees it.
         deallocate_pipeline_outputs=torch.cuda.is_available(),
     )
+    if not provider.multi_latent_attention:
+        set_attention_factor(config, attention_factor(provider))
+    return config
 
 
 def provide(
@@ -89,11 +105,11 @@ def provide(
         rotary_base=provider.rotary_base,
         vp_stage=vp_stage,
     )
-    frequencies = inverse_frequencies(provider).to(distributed.device())
     if provider.multi_latent_attention:
-        set_frequencies(model, frequencies)
+        set_frequencies(model, inverse_frequencies(provider).to(distributed.device()))
     else:
-        model.rotary_pos_emb.inv_freq = frequencies
+        model.rotary_pos_emb = DecoderRotaryEmbedding(provider, distributed.device())
+    add_hooks(model, provider)
     if post_process:
         mask_padded_logits(model, provider)
     return model
