@@ -72,7 +72,7 @@ class ChunkPlanner:
         self._dtypes = dtypes
 
     def pieces(self) -> list[Piece]:
-        """Cut every Megatron tensor into chunks of at most MAX_CHUNK_SIZE bytes, in the order of the layers."""
+        """Cut every Megatron tensor into chunks of at most MAX_CHUNK_SIZE bytes, layer by layer."""
         by_place: dict[tuple[str, tuple[int, ...]], list[Block]] = defaultdict(list)
         for block in self._plan.blocks:
             by_place[block.key, block.lead].append(block)

@@ -11,7 +11,7 @@ from bridge.errors import CoverageError
 from bridge.quantization import FP8, VALUES_PER_SCALE, HfTensor, QuantizedTensor
 from bridge.shard_header import TensorSlice
 
-# The values of the 16 codes of OCP Microscaling Formats 1.0, E2M1: sign, two bits of exponent, one of mantissa.
+# The 16 codes of OCP Microscaling Formats 1.0, E2M1: sign, two bits of exponent, one of mantissa.
 E2M1 = [sign * value for sign in (1, -1) for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]
 E8M0_BIAS = 127
 

@@ -1,4 +1,4 @@
-"""The forms that Megatron gives the names of one tensor: layers and experts as axes, or as numbers in the key.
+"""The forms of a Megatron tensor's name: layers and experts are axes, or numbers in the key.
 
 Which one a checkpoint has depends on the settings of who saved it, not on the model: `non_homogeneous_layers`
 puts the layer's number into the key, `singleton_local_shards` the expert's too, and gives gate and up
@@ -26,7 +26,7 @@ class _Form(NamedTuple):
 
 
 def as_stored(plan: WeightPlan, stored: Collection[str]) -> WeightPlan:
-    """Return the plan by the names that a checkpoint has; names in no form of which it has stay as they are."""
+    """Return the plan by the names that a checkpoint has; a name that it has in no form stays."""
     if all(key in stored for key in plan.megatron_shapes):
         return plan
     blocks: list[Block] = []

@@ -59,7 +59,7 @@ class MegatronCheckpoint:
         return (chunk.place for tensor in self.metadata.tensors.values() for chunk in tensor.chunks)
 
     def plan(self) -> WeightPlan:
-        """Spell out every block between this checkpoint, by the keys that it has, and its Hugging Face view."""
+        """Spell out every block between this checkpoint, by its own keys, and its Hugging Face view."""
         return as_stored(plan_weights(self.provider), self.metadata.tensors)
 
 

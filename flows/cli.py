@@ -34,6 +34,12 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Change one setting, by dotted name; may be repeated."),
 ]
+Workers = Annotated[int, typer.Option(min=1, help="Threads that copy.")]
+MaxMemory = Annotated[str, typer.Option(help="The most memory to take, such as 500MB or 2GiB.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Cast the weights: float32, bfloat16 or float16.", show_default="as they are"),
+]
 Tensor = Annotated[int, typer.Option("--tp", min=1, max=64, help="tensor_model_parallel_size")]
 Pipeline = Annotated[int, typer.Option("--pp", min=1, max=64, help="pipeline_model_parallel_size")]
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The release spec, a YAML or JSON file.")]
@@ -130,16 +136,20 @@ def import_(
         str, typer.Argument(metavar="HF", help="A folder, s3://bucket/prefix or hf://org/name@revision.")
     ],
     megatron: Annotated[Path, typer.Argument(metavar="MEGATRON", help="The Megatron folder to write.")],
-    workers: Annotated[int, typer.Option(min=1, help="Threads that copy.")] = 2,
+    dtype: Dtype = None,
+    workers: Workers = 2,
+    max_memory: MaxMemory = "1GiB",
     json: Json = False,
 ) -> None:
     """Turn a Hugging Face checkpoint into a Megatron one.
+
+    Quantised weights (FP8, MXFP4) become what they stand for. One that was interrupted goes on.
 
     Example: `bridgeworks import hf://meta-llama/Llama-3.2-1B megatron/llama-1b`
     """
     from flows import convert
 
-    _report(convert.import_from(hf, megatron, workers), json)
+    _report(convert.import_from(hf, megatron, dtype=dtype, workers=workers, max_memory=max_memory), json)
 
 
 @app.command()
@@ -152,16 +162,24 @@ def export(
     config_from: Annotated[
         Path | None, typer.Option(help="Take config and tokenizer from this Hugging Face folder.")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that copy.")] = 2,
+    dtype: Dtype = None,
+    workers: Workers = 2,
+    max_memory: MaxMemory = "1GiB",
     json: Json = False,
 ) -> None:
     """Turn a Megatron checkpoint, imported or trained, into a Hugging Face one.
+
+    One that was interrupted goes on.
 
     Example: `bridgeworks export runs/llama/checkpoints llama-trained`
     """
     from flows import convert
 
-    _report(convert.export_to(megatron, hf, max_shard_size, config_from, workers), json)
+    options = {"dtype": dtype, "workers": workers, "max_memory": max_memory}
+    _report(
+        convert.export_to(megatron, hf, max_shard_size=max_shard_size, config_from=config_from, **options),
+        json,
+    )
 
 
 def _report(conversion: Any, json: bool) -> None:
@@ -174,6 +192,10 @@ def _report(conversion: Any, json: bool) -> None:
             f"{conversion.path}: {conversion.tensors} tensors, {conversion.bytes:,} bytes"
             f" in {conversion.seconds:.1f} s"
         )
+        if conversion.resumed:
+            print(f"{conversion.resumed:,} of the bytes were there from an interrupted conversion")
+        if conversion.quantization:
+            print(f"weights quantised by {conversion.quantization} were written as what they stand for")
 
 
 @app.command()

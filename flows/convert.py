@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from bridge.conversion import Conversion
 from bridge.errors import InputError
@@ -10,11 +11,14 @@ from bridge.importer import import_checkpoint
 from flows.console import progress
 
 
-def import_from(hf: str, megatron: Path, workers: int) -> Conversion:
-    """Import a checkpoint; one that is not in a folder here is fetched beside the result first."""
+def import_from(hf: str, megatron: Path, **options: Any) -> Conversion:
+    """Import a checkpoint, with `import_checkpoint`'s options.
+
+    One that is not in a folder here is fetched beside the result first.
+    """
     if "://" not in hf:
         with progress("importing") as show:
-            return import_checkpoint(hf, megatron, workers=workers, progress=show)
+            return import_checkpoint(hf, megatron, progress=show, **options)
     from tasks.fetch import fetch_checkpoint
 
     if megatron.exists():
@@ -23,21 +27,12 @@ def import_from(hf: str, megatron: Path, workers: int) -> Conversion:
     with progress("fetching") as show:
         fetch_checkpoint(hf, fetched / "checkpoint", on_progress=show)
     with progress("importing") as show:
-        conversion = import_checkpoint(fetched / "checkpoint", megatron, workers=workers, progress=show)
+        conversion = import_checkpoint(fetched / "checkpoint", megatron, progress=show, **options)
     shutil.rmtree(fetched)
     return conversion
 
 
-def export_to(
-    megatron: Path, hf: Path, max_shard_size: str, config_from: Path | None, workers: int
-) -> Conversion:
-    """Export a checkpoint."""
+def export_to(megatron: Path, hf: Path, **options: Any) -> Conversion:
+    """Export a checkpoint, with `export_checkpoint`'s options."""
     with progress("exporting") as show:
-        return export_checkpoint(
-            megatron,
-            hf,
-            max_shard_size=max_shard_size,
-            config_from=config_from,
-            workers=workers,
-            progress=show,
-        )
+        return export_checkpoint(megatron, hf, progress=show, **options)
