@@ -60,7 +60,7 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
     if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if method not in METHODS:
+    if not isinstance(settings, dict) or method not in METHODS:
         raise UnsupportedModelError(
             f"config.json has quantization {method!r}: {' and '.join(METHODS)} can be read;"
             " save the weights anew in bfloat16"
