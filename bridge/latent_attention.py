@@ -11,7 +11,6 @@ from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
-    copy_to_tensor_model_parallel_region,
     get_cuda_rng_tracker,
 )
 from megatron.core.tensor_parallel.random import get_data_parallel_rng_tracker_name
@@ -89,7 +88,7 @@ class NormedColumnParallelLinear(ColumnParallelLinear):
 
 
 class LatentAttention(MLASelfAttention):
-    """Megatron's latent attention, exact under tensor parallelism; `latent_epsilon` is of the latents' norms."""
+    """Megatron's latent attention, exact in tensor parallelism; `latent_epsilon` is of the latents' norms."""
 
     def __init__(
         self, config: MLATransformerConfig, *args: Any, latent_epsilon: float, **options: Any
@@ -113,8 +112,26 @@ class LatentAttention(MLASelfAttention):
         """
         output, bias = outputs
         latent, position = output.split([self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim], dim=-1)
-        position = copy_to_tensor_model_parallel_region(position, self.tp_group)
-        return torch.cat([latent, position], dim=-1), bias
+        return torch.cat([latent, SumOfGradients.apply(position, self.tp_group)], dim=-1), bias
+
+
+class SumOfGradients(torch.autograd.Function):
+    """The identity, whose gradient is summed over a process group.
+
+    Megatron's copy_to_tensor_model_parallel_region drops the sum of a gradient that is not contiguous
+    (tensor_parallel/mappings.py, _reduce).
+    """
+
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, group: Any) -> Tensor:
+        context.group = group
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient, group=context.group)
+        return gradient, None
 
 
 def initialize_alike(projection: torch.nn.Module, config: MLATransformerConfig) -> None:
