@@ -1,7 +1,9 @@
 """What happens around the iterations of a run: metrics, validation, stopping, checkpoints."""
 
+import gc
 import signal
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from bridge.distributed import device
 from training import checkpoint
 from training.metrics import append_metrics, close_torn_line
 from training.pipeline import run_batch
-from training.setup import Run, iterators
+from training.setup import Run, iterators, whole_parameters
+from training.throughput import throughput
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,11 @@ class Step:
 
     loss: float
     learning_rate: float
-    grad_norm: float
+    # None: the gradients overflowed in fp16, and nothing was updated
+    grad_norm: float | None
     seconds: float
+    # seconds by part, as the stopwatch names them
+    spans: dict[str, float] = field(default_factory=dict)
 
 
 class Callback:
@@ -33,6 +39,9 @@ class Callback:
 
     def after_step(self, run: Run, step: Step) -> None:
         """Look at the iteration that has just ended."""
+
+    def after_training(self, run: Run) -> None:
+        """Tidy up after the last iteration, unless an error ended the run."""
 
 
 class MetricsLog(Callback):
@@ -51,8 +60,8 @@ class MetricsLog(Callback):
         if run.is_first_rank and is_due(run, run.config.logger.log_interval):
             print(
                 f"iteration {run.iteration}/{run.config.train.train_iters}: loss {step.loss:.4f},"
-                f" learning rate {step.learning_rate:.2e}, gradient norm {step.grad_norm:.3f},"
-                f" {line['tokens_per_second']:.0f} tokens/s",
+                f" learning rate {step.learning_rate:.2e}, {norm_of(step)},"
+                f" {line['tokens_per_second']:.0f} tokens/s, {line['tflops_per_gpu']:.3g} TFLOP/s a rank",
                 flush=True,
             )
 
@@ -91,6 +100,26 @@ class StopOnSignal(Callback):
         run.should_stop = bool(received.item())
 
 
+class GarbageCollection(Callback):
+    """Collects Python's garbage at fixed iterations, so that no rank pauses while the others wait for it.
+
+    What is there before the first one, imported modules above all, is not looked at again.
+    """
+
+    def before_training(self, run: Run) -> None:
+        gc.disable()
+        gc.collect()
+        gc.freeze()
+
+    def after_step(self, run: Run, step: Step) -> None:
+        if run.iteration % run.config.train.manual_gc_interval == 0:
+            gc.collect()
+
+    def after_training(self, run: Run) -> None:
+        gc.unfreeze()
+        gc.enable()
+
+
 class Checkpoints(Callback):
     """Saves at intervals, at the end and before the run stops."""
 
@@ -98,7 +127,11 @@ class Checkpoints(Callback):
         if run.config.checkpoint.save is None:
             return
         if run.should_stop or is_due(run, run.config.checkpoint.save_interval):
+            started = time.monotonic()
             folder = checkpoint.save(run)
+            seconds = time.monotonic() - started
+            if (path := metrics_path(run)) is not None:
+                append_metrics(path, {"iteration": run.iteration, "checkpoint_seconds": seconds})
             if run.is_first_rank:
                 print(f"iteration {run.iteration}: saved {folder}", flush=True)
 
@@ -122,11 +155,15 @@ def metrics_of(run: Run, step: Step) -> dict[str, Any]:
         "train_iters": train.train_iters,
         "loss": step.loss,
         "learning_rate": step.learning_rate,
-        "grad_norm": step.grad_norm,
+        **({"grad_norm": step.grad_norm} if step.grad_norm is not None else {}),
         "seconds": step.seconds,
-        "tokens_per_second": train.global_batch_size * run.config.model.seq_length / step.seconds,
         "consumed_samples": run.consumed_samples,
+        **throughput(run, step),
     }
+
+
+def norm_of(step: Step) -> str:
+    return f"gradient norm {step.grad_norm:.3f}" if step.grad_norm is not None else "gradients overflowed"
 
 
 @torch.no_grad()
@@ -135,15 +172,17 @@ def validation_loss(run: Run, dataset: Any) -> float:
     train = run.config.train
     for chunk in run.model:
         chunk.eval()
-    total, num_tokens = run_batch(
-        run.forward_step,
-        run.model,
-        iterators(run, dataset, consumed_samples=0),
-        num_microbatches=get_num_microbatches() * train.eval_iters,
-        micro_batch_size=train.micro_batch_size,
-        seq_length=run.config.model.seq_length,
-        forward_only=True,
-    )
+    with whole_parameters(run):
+        sums = run_batch(
+            run.forward_step,
+            run.model,
+            iterators(run, dataset, consumed_samples=0),
+            num_microbatches=get_num_microbatches() * train.eval_iters,
+            micro_batch_size=train.micro_batch_size,
+            seq_length=run.config.model.seq_length,
+            forward_only=True,
+        )
     for chunk in run.model:
         chunk.train()
+    total, num_tokens = sums.tolist()
     return total / num_tokens

@@ -15,7 +15,7 @@ from bridge.hf_checkpoint import side_files
 from bridge.megatron_checkpoint import LATEST, copy_model, resolve_checkpoint, write_model
 from bridge.staging import SUFFIX, staged_folder
 from training.random_state import set_random_state, sharded_random_state
-from training.setup import Run
+from training.setup import Run, whole_parameters
 
 RUN_CONFIG = "run_config.json"
 REMOVED = ".removed"
@@ -72,7 +72,8 @@ def save(run: Run) -> Path:
     torch.distributed.barrier()  # no rank may see the folder that another one makes
     with staged_folder(folder, size_of(run)) if run.is_first_rank else nullcontext(partial):
         torch.distributed.barrier()
-        dist_checkpointing.save(state_of(run, is_loading=False), str(partial))
+        with whole_parameters(run):
+            dist_checkpointing.save(state_of(run, is_loading=False), str(partial))
         torch.distributed.barrier()
         if run.is_first_rank:
             describe(run, partial)

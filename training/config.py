@@ -6,8 +6,8 @@ from typing import Any
 
 from bridge.errors import ConfigError
 from bridge.provider import GPTModelProvider
-
-LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+from training import config_checks
+from training.precision import MixedPrecisionConfig
 
 
 @dataclass
@@ -21,6 +21,9 @@ class TrainingConfig:
     eval_iters: int = 8
     # None: on without a GPU, off with one
     deterministic_mode: bool | None = None
+    # collect Python's garbage on all ranks at once, every so many iterations, not whenever it piles up
+    manual_gc: bool = True
+    manual_gc_interval: int = 100
 
 
 @dataclass
@@ -34,6 +37,16 @@ class OptimizerConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
+    # moments, master weights and gradients in the types below, by Transformer Engine's Adam
+    use_precision_aware_optimizer: bool = False
+    main_grads_dtype: str = "float32"
+    main_params_dtype: str = "float32"
+    exp_avg_dtype: str = "float32"
+    exp_avg_sq_dtype: str = "float32"
+    # this part of the optimizer's state lives in the host's memory and is updated there
+    optimizer_cpu_offload: bool = False
+    optimizer_offload_fraction: float = 1.0
+    overlap_cpu_optimizer_d2h_h2d: bool = True
 
 
 @dataclass
@@ -90,20 +103,30 @@ class DistributedDataParallelConfig:
     """Megatron Core's config of the same name, as far as a run decides it; its optimizer is distributed."""
 
     overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
     check_for_nan_in_grad: bool = True
     bucket_size: int | None = None
+    pad_buckets_for_high_nccl_busbw: bool = False
+    reduce_scatter_with_fp32_accumulation: bool = False
 
 
 @dataclass
-class MixedPrecisionConfig:
-    """bf16 parameters with fp32 master weights, or fp32 throughout."""
+class CommOverlapConfig:
+    """Which messages between ranks are hidden behind computation; those of data parallelism are in `ddp`."""
 
-    bf16: bool = True
-    grad_reduce_in_fp32: bool = True
-
-    @property
-    def params_dtype(self) -> str:
-        return "bfloat16" if self.bf16 else "float32"
+    # needs sequence parallelism and Transformer Engine's user buffers
+    tp_comm_overlap: bool = False
+    tp_comm_bulk_wgrad: bool = True
+    tp_comm_bulk_dgrad: bool = True
+    tp_comm_overlap_ag: bool = True
+    tp_comm_overlap_rs: bool = True
+    tp_comm_overlap_rs_dgrad: bool = False
+    tp_comm_bootstrap_backend: str = "nccl"
+    # the output layer's weight gradient waits for the pipeline's end, where stages are idle
+    defer_embedding_wgrad_compute: bool = False
+    wgrad_deferral_limit: int = 0
+    overlap_moe_expert_parallel_comm: bool = False
+    delay_wgrad_compute: bool = False
 
 
 @dataclass
@@ -112,6 +135,24 @@ class LoggerConfig:
 
     metrics_path: str | None = None
     log_interval: int = 10
+    # a folder for TensorBoard's files; needs the package tensorboard
+    tensorboard_dir: str | None = None
+    # TFLOP/s of one GPU that count as 100%; None looks its name up in training.throughput
+    peak_tflops: float | None = None
+
+
+@dataclass
+class ProfilingConfig:
+    """A window of iterations to look at closely, on some ranks; what it finds goes into `output`."""
+
+    use_pytorch_profiler: bool = False
+    # the profiler of `nsys profile --capture-range=cudaProfilerApi` sees just the window
+    use_nsys_profiler: bool = False
+    record_memory_history: bool = False
+    profile_step_start: int = 10
+    profile_step_end: int = 12
+    profile_ranks: list[int] = field(default_factory=lambda: [0])
+    output: str | None = None
 
 
 @dataclass
@@ -134,6 +175,8 @@ class ConfigContainer:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     ddp: DistributedDataParallelConfig = field(default_factory=DistributedDataParallelConfig)
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+    comm_overlap: CommOverlapConfig = field(default_factory=CommOverlapConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
 
@@ -155,6 +198,8 @@ class ConfigContainer:
         for name, section in value.items():
             if name == "model":
                 config.model = GPTModelProvider.from_dict(section)
+            elif isinstance(section, str):
+                apply_overrides(config, {name: section})
             else:
                 apply_overrides(config, {f"{name}.{key}": item for key, item in section.items()})
         return config
@@ -181,58 +226,11 @@ class ConfigContainer:
 
     def validate(self, world_size: int) -> "ConfigContainer":
         """Fill what follows from other fields and refuse contradictions, by ConfigError."""
+        self.mixed_precision.check()
         self.model.params_dtype = self.mixed_precision.params_dtype
         self.model.finalize()
-        self._check_counts()
-        self._check_schedule()
-        self._check_data()
-        self._check_interleaving(self.num_microbatches(world_size))
+        config_checks.check(self, self.num_microbatches(world_size))
         return self
-
-    def _check_counts(self) -> None:
-        for name in ("train_iters", "micro_batch_size", "global_batch_size", "eval_iters"):
-            if getattr(self.train, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self.train, name)}: give 1 or more")
-        for name, interval in (
-            ("train.eval_interval", self.train.eval_interval),
-            ("checkpoint.save_interval", self.checkpoint.save_interval),
-            ("checkpoint.most_recent_k", self.checkpoint.most_recent_k),
-            ("logger.log_interval", self.logger.log_interval),
-        ):
-            if interval is not None and interval < 1:
-                raise ConfigError(f"{name} is {interval}: give 1 or more, or null")
-
-    def _check_schedule(self) -> None:
-        style, scheduler = self.scheduler.lr_decay_style, self.scheduler
-        if style not in LR_DECAY_STYLES:
-            raise ConfigError(
-                f"scheduler.lr_decay_style is {style!r}: allowed are {', '.join(LR_DECAY_STYLES)}"
-            )
-        if style == "WSD" and scheduler.lr_wsd_decay_iters is None:
-            raise ConfigError("scheduler.lr_decay_style WSD needs scheduler.lr_wsd_decay_iters")
-        decay_iters = scheduler.lr_decay_iters or self.train.train_iters
-        if not 0 <= scheduler.lr_warmup_iters < decay_iters:
-            raise ConfigError(
-                f"scheduler.lr_warmup_iters is {scheduler.lr_warmup_iters}: give 0 to {decay_iters - 1},"
-                f" less than the {decay_iters} iterations of the decay"
-            )
-        if not 0 <= self.optimizer.min_lr <= self.optimizer.lr:
-            raise ConfigError(
-                f"optimizer.min_lr is {self.optimizer.min_lr}: give 0 to optimizer.lr = {self.optimizer.lr}"
-            )
-
-    def _check_data(self) -> None:
-        weights, paths = self.dataset.weights, self.dataset.paths
-        if weights is not None and len(weights) != len(paths):
-            raise ConfigError(f"dataset.weights has {len(weights)} numbers for {len(paths)} dataset.paths")
-
-    def _check_interleaving(self, num_microbatches: int) -> None:
-        pipeline = self.model.pipeline_model_parallel_size
-        if self.model.virtual_pipeline_model_parallel_size and num_microbatches % pipeline:
-            raise ConfigError(
-                f"an interleaved pipeline of {pipeline} stages cannot run {num_microbatches} microbatches:"
-                f" change train.global_batch_size so that their number is a multiple of {pipeline}"
-            )
 
 
 def _refuse_unknown(kind: str, given: set[str], known: set[str]) -> None:

@@ -63,7 +63,7 @@ def measure(provider: GPTModelProvider, folder: Path, config: dict[str, Any]) ->
     live_checkpoint.load_checkpoint(chunks, folder)
     for chunk in chunks:
         chunk.eval()
-    total, num_tokens = run_batch(
+    sums = run_batch(
         forward_step,
         chunks,
         [batches(dataset, consumed_samples=0, micro_batch_size=1)],
@@ -72,4 +72,5 @@ def measure(provider: GPTModelProvider, folder: Path, config: dict[str, Any]) ->
         seq_length=provider.seq_length,
         forward_only=True,
     )
-    return total / num_tokens, num_tokens
+    total, num_tokens = sums.tolist()
+    return total / num_tokens, int(num_tokens)

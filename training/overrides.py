@@ -11,24 +11,33 @@ from typing import Any
 
 from bridge.errors import ConfigError
 from training.config import ConfigContainer
+from training.precision import mixed_precision
+
+RECIPE = "mixed_precision"
 
 
 def apply_overrides(config: ConfigContainer, overrides: Mapping[str, Any] | Iterable[str]) -> ConfigContainer:
     """Set fields of `config` in place, from `{"train.train_iters": 20}` or `["train.train_iters=20"]`.
 
-    The values of strings are read as JSON, and as plain text where the field is one.
+    The values of strings are read as JSON, and as plain text where the field is one. `mixed_precision` alone
+    takes the name of a recipe, which fills the whole section.
     """
     pairs = overrides.items() if isinstance(overrides, Mapping) else map(_split, overrides)
     for name, value in pairs:
+        if name == RECIPE:
+            config.mixed_precision = mixed_precision(str(value))
+            continue
         section, field = _field(config, name)
         setattr(section, field, _checked(name, value, typing.get_type_hints(type(section))[field]))
     return config
 
 
 def override_names(config: ConfigContainer) -> list[str]:
-    """List every dotted name that an override may set."""
+    """List every name that an override may set."""
     sections = [f.name for f in dataclasses.fields(config)]
-    return [f"{name}.{f.name}" for name in sections for f in dataclasses.fields(getattr(config, name))]
+    return [RECIPE] + [
+        f"{name}.{f.name}" for name in sections for f in dataclasses.fields(getattr(config, name))
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +45,9 @@ class _Written:
     """A value as it was typed."""
 
     text: str
+
+    def __str__(self) -> str:
+        return self.text
 
     def readings(self) -> list[Any]:
         try:

@@ -21,10 +21,11 @@ def run_batch(
     micro_batch_size: int,
     seq_length: int,
     forward_only: bool,
-) -> tuple[float, int]:
+) -> torch.Tensor:
     """Run micro-batches forward, and backward unless `forward_only`; every rank of the job takes part.
 
-    Returns the sum of the losses and the number of tokens over all ranks.
+    Returns the sum of the losses and the number of tokens over all ranks, [2] in fp64 on the device: who
+    reads it waits for the batch.
     """
     alone = len(model) == 1
     results = get_forward_backward_func()(
@@ -45,4 +46,4 @@ def run_batch(
         parallel_state.get_pipeline_model_parallel_group(),
     ):
         torch.distributed.all_reduce(sums, group=group)
-    return sums[0].item(), int(sums[1].item())
+    return sums

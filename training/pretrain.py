@@ -17,11 +17,22 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from bridge import distributed
 from bridge.job import write_json
 from training import checkpoint, gpt_step
-from training.callbacks import Callback, Checkpoints, MetricsLog, Step, StopOnSignal, Validation
+from training.callbacks import (
+    Callback,
+    Checkpoints,
+    GarbageCollection,
+    MetricsLog,
+    Step,
+    StopOnSignal,
+    Validation,
+)
 from training.config import ConfigContainer
 from training.data import SAMPLE_INDICES, Batch
 from training.pipeline import run_batch
-from training.setup import ForwardStep, Run, build_data, iterators, set_up
+from training.profiling import window_callbacks
+from training.setup import ForwardStep, Run, build_data, compute_capability, iterators, set_up
+from training.stopwatch import TimedData, timed_forward
+from training.tensorboard_log import TensorBoardLog
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again and it goes on
 
@@ -51,9 +62,7 @@ def pretrain(config: ConfigContainer, forward_step: ForwardStep = gpt_step.forwa
     run = set_up(config, forward_step)
     datasets = build_data(run)
     checkpoint.start_or_resume(run)
-    validation = [Validation(datasets["valid"])] if "valid" in datasets else []
-    callbacks = [MetricsLog(), *validation, StopOnSignal(), Checkpoints()]
-    loss = train(run, iterators(run, datasets["train"], run.consumed_samples), callbacks)
+    loss = train(run, iterators(run, datasets["train"], run.consumed_samples), callbacks_of(run, datasets))
     return {
         "iteration": run.iteration,
         "train_iters": config.train.train_iters,
@@ -68,8 +77,23 @@ def prepare(config: ConfigContainer) -> None:
     """Check the config before any process group exists, and fill what follows from this job."""
     started = torch.distributed.is_initialized()
     config.validate(torch.distributed.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1")))
+    config.mixed_precision.check_device(compute_capability())
     if config.dataset.path_to_cache is None and config.checkpoint.save is not None:
         config.dataset.path_to_cache = str(Path(config.checkpoint.save) / SAMPLE_INDICES)
+
+
+def callbacks_of(run: Run, datasets: dict[str, Any]) -> list[Callback]:
+    """Return what the config asks to happen around the iterations, in this order."""
+    config = run.config
+    return [
+        *([GarbageCollection()] if config.train.manual_gc else []),
+        MetricsLog(),
+        *([TensorBoardLog()] if config.logger.tensorboard_dir is not None else []),
+        *([Validation(datasets["valid"])] if "valid" in datasets else []),
+        *window_callbacks(config.profiling),
+        StopOnSignal(),
+        Checkpoints(),
+    ]
 
 
 def train(run: Run, data_iterators: list[Iterator[Batch]], callbacks: Sequence[Callback]) -> float | None:
@@ -82,28 +106,43 @@ def train(run: Run, data_iterators: list[Iterator[Batch]], callbacks: Sequence[C
         for callback in callbacks:
             callback.after_step(run, step)
         loss = step.loss
+    for callback in callbacks:
+        callback.after_training(run)
     return loss
 
 
 def train_step(run: Run, data_iterators: list[Iterator[Batch]]) -> Step:
-    """Run one iteration: the gradients of a global batch, one update, one step of the schedule."""
+    """Run one iteration: the gradients of a global batch, one update, one step of the schedule.
+
+    The host waits for the GPU when the update asks for the gradient norm, and once more for the loss.
+    """
     started = time.monotonic()
     zero_gradients(run)
-    loss, num_tokens = run_batch(
-        run.forward_step,
-        run.model,
-        data_iterators,
-        num_microbatches=get_num_microbatches(),
-        micro_batch_size=run.config.train.micro_batch_size,
-        seq_length=run.config.model.seq_length,
-        forward_only=False,
-    )
+    with run.stopwatch.span("batch"):
+        sums = run_batch(
+            timed_forward(run.forward_step, run.stopwatch),
+            run.model,
+            [TimedData(batches, run.stopwatch) for batches in data_iterators],
+            num_microbatches=get_num_microbatches(),
+            micro_batch_size=run.config.train.micro_batch_size,
+            seq_length=run.config.model.seq_length,
+            forward_only=False,
+        )
     learning_rate = run.optimizer.param_groups[0]["lr"]
-    _, grad_norm, _ = run.optimizer.step()
-    run.scheduler.step(increment=run.config.train.global_batch_size)
+    with run.stopwatch.span("optimizer"):
+        updated, grad_norm, _ = run.optimizer.step()
+    if updated:  # not when fp16 gradients overflowed: the loss scale has been lowered
+        run.scheduler.step(increment=run.config.train.global_batch_size)
     run.iteration += 1
     run.consumed_samples += run.config.train.global_batch_size
-    return Step(loss / num_tokens, learning_rate, float(grad_norm), time.monotonic() - started)
+    total, num_tokens = sums.tolist()
+    return Step(
+        loss=total / num_tokens,
+        learning_rate=learning_rate,
+        grad_norm=float(grad_norm) if updated else None,
+        seconds=time.monotonic() - started,
+        spans=run.stopwatch.read(),
+    )
 
 
 def zero_gradients(run: Run) -> None:

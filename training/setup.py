@@ -3,19 +3,21 @@
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
-from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from bridge import distributed, model
 from training import data
 from training.config import ConfigContainer
+from training.megatron_settings import ddp_settings, optimizer_settings, transformer_settings
+from training.stopwatch import Stopwatch
 
 ForwardStep = Callable[[Iterator[data.Batch], torch.nn.Module], tuple[torch.Tensor, Callable]]
 
@@ -34,6 +36,7 @@ class Run:
     # the checkpoint that the weights came from: it describes the model and has the files that go with it
     source: Path | None = None
     should_stop: bool = False
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def is_first_rank(self) -> bool:
@@ -59,6 +62,11 @@ def set_up(config: ConfigContainer, forward_step: ForwardStep) -> Run:
     return Run(config, forward_step, chunks, optimizer, build_scheduler(config, optimizer))
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Return that of this rank's GPU, or None without one."""
+    return torch.cuda.get_device_capability(distributed.device()) if torch.cuda.is_available() else None
+
+
 def set_determinism(config: ConfigContainer) -> None:
     """Let torch use only operations that give the same bits every time, if the config says so."""
     if config.train.deterministic_mode is None:
@@ -74,50 +82,33 @@ def set_determinism(config: ConfigContainer) -> None:
 
 def build_model(config: ConfigContainer) -> list[Any]:
     """Build this rank's model chunks, wrapped in Megatron's data parallelism."""
-    settings = model.transformer_config(config.model)
-    settings.deterministic_mode = bool(config.train.deterministic_mode)
-    # the mean is over the tokens of the whole batch, however they are spread over ranks and micro-batches
-    settings.calculate_per_token_loss = True
-    settings.finalize_model_grads_func = finalize_model_grads
+    settings = transformer_settings(config)
     stages = config.model.virtual_pipeline_model_parallel_size
     chunks = [
         model.on_device(model.provide(config.model, vp_stage=stage, config=settings), settings)
         for stage in (range(stages) if stages else [None])
     ]
-    wrapped = model.wrap(chunks, settings, ddp_config(config))
+    wrapped = model.wrap(chunks, settings, ddp_settings(config))
     if config.ddp.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         settings.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 
-def ddp_config(config: ConfigContainer) -> DistributedDataParallelConfig:
-    """Return Megatron's config of its data parallelism."""
-    return DistributedDataParallelConfig(
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=config.ddp.overlap_grad_reduce,
-        check_for_nan_in_grad=config.ddp.check_for_nan_in_grad,
-        bucket_size=config.ddp.bucket_size,
-        grad_reduce_in_fp32=config.mixed_precision.grad_reduce_in_fp32,
-    )
+@contextmanager
+def whole_parameters(run: Run) -> Iterator[None]:
+    """Give every rank all of its parameters, some of which an overlapped gather leaves to the next pass."""
+    chunks = run.model if run.config.ddp.overlap_param_gather else []
+    for chunk in chunks:
+        chunk.disable_forward_pre_hook()
+    yield
+    for chunk in chunks:
+        chunk.enable_forward_pre_hook()
 
 
 def build_optimizer(config: ConfigContainer, chunks: list[Any]) -> MegatronOptimizer:
-    """Build Megatron's distributed Adam, with fp32 master weights where the model has 16 bits."""
-    settings = OptimizerConfig(
-        optimizer="adam",
-        lr=config.optimizer.lr,
-        min_lr=config.optimizer.min_lr,
-        weight_decay=config.optimizer.weight_decay,
-        adam_beta1=config.optimizer.adam_beta1,
-        adam_beta2=config.optimizer.adam_beta2,
-        adam_eps=config.optimizer.adam_eps,
-        clip_grad=config.optimizer.clip_grad,
-        bf16=config.mixed_precision.bf16,
-        params_dtype=getattr(torch, config.model.params_dtype),
-        use_distributed_optimizer=True,
-    )
-    optimizer = get_megatron_optimizer(settings, chunks)
+    """Build Megatron's distributed Adam."""
+    optimizer = get_megatron_optimizer(optimizer_settings(config), chunks)
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
     return optimizer

@@ -1,0 +1,86 @@
+"""A config's sections as Megatron Core's own dataclasses."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
+
+from bridge import model
+from bridge.layer_spec import uses_transformer_engine
+from training import wgrad_fusion
+from training.config import ConfigContainer
+from training.config_checks import OPTIMIZER_DTYPES
+from training.run_settings import run_settings
+
+FP8_FIELDS = (
+    "fp8",
+    "fp8_recipe",
+    "fp8_param",
+    "fp8_margin",
+    "fp8_amax_history_len",
+    "fp8_amax_compute_algo",
+    "fp8_wgrad",
+    "fp8_dot_product_attention",
+    "fp8_multi_head_attention",
+    "tp_only_amax_red",
+    "first_last_layers_bf16",
+    "num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16",
+)
+LOSS_SCALE_FIELDS = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+
+
+def transformer_settings(config: ConfigContainer) -> TransformerConfig:
+    """Return the config of the model's modules: what the model is, and how this run computes it."""
+    transformer_engine = uses_transformer_engine(config.model)
+    settings = run_settings(config.model, transformer_engine)
+    if settings["gradient_accumulation_fusion"]:
+        wgrad_fusion.install()
+    return model.transformer_config(
+        config.model,
+        **settings,
+        **values(config.mixed_precision, FP8_FIELDS),
+        **values(config.comm_overlap),
+        deterministic_mode=bool(config.train.deterministic_mode),
+        # the mean is over the tokens of the whole batch, however they are spread over ranks and micro-batches
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+    )
+
+
+def ddp_settings(config: ConfigContainer) -> DistributedDataParallelConfig:
+    """Return the config of Megatron's data parallelism."""
+    return DistributedDataParallelConfig(
+        **values(config.ddp),
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=config.mixed_precision.grad_reduce_in_fp32,
+        fp8_param_gather=config.mixed_precision.fp8_param,
+        delay_wgrad_compute=config.comm_overlap.delay_wgrad_compute,
+    )
+
+
+def optimizer_settings(config: ConfigContainer) -> OptimizerConfig:
+    """Return the config of Megatron's distributed Adam, with master weights where the model has 16 bits."""
+    precision = config.mixed_precision
+    dtypes = {name: getattr(torch, getattr(config.optimizer, name)) for name in OPTIMIZER_DTYPES}
+    return OptimizerConfig(
+        **{**values(config.optimizer), **dtypes},
+        **values(precision, LOSS_SCALE_FIELDS),
+        optimizer="adam",
+        bf16=precision.bf16,
+        fp16=precision.fp16,
+        fp8_recipe=precision.fp8_recipe if precision.fp8 else None,
+        params_dtype=getattr(torch, precision.params_dtype),
+        use_distributed_optimizer=True,
+        overlap_param_gather=config.ddp.overlap_param_gather,
+    )
+
+
+def values(section: Any, names: Iterable[str] | None = None) -> dict[str, Any]:
+    """Return fields of a section by name, all by default."""
+    chosen = names or [field.name for field in dataclasses.fields(section)]
+    return {name: getattr(section, name) for name in chosen}

@@ -1,0 +1,67 @@
+"""How a model is computed on the device at hand: fused kernels with Transformer Engine, none without.
+
+A provider's fusion is None until someone decides it: then it is on where the hardware, the modules and the
+model's activation allow it. One that is asked for where it cannot be is a ConfigError.
+"""
+
+from bridge.errors import ConfigError
+from bridge.provider import GPTModelProvider
+
+FUSIONS = (
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "masked_softmax_fusion",
+    "apply_rope_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+)
+
+
+def run_settings(provider: GPTModelProvider, transformer_engine: bool) -> dict[str, bool]:
+    """Return values for Megatron's TransformerConfig; `transformer_engine` says whose modules it has."""
+    possible = possible_fusions(provider) if transformer_engine else frozenset()
+    check_offloading(provider, transformer_engine)
+    return {name: decided(provider, name, name in possible) for name in FUSIONS}
+
+
+def possible_fusions(provider: GPTModelProvider) -> frozenset[str]:
+    """Return the fusions that work for this model under Transformer Engine."""
+    possible = set(FUSIONS)
+    if not fusible_activation(provider):
+        possible.remove("bias_activation_fusion")
+    # mlp.py clamps and offsets between the halves only on its unfused path
+    if provider.multi_latent_attention or provider.rotary_interleaved or provider.rope_local_parameters:
+        possible.remove("apply_rope_fusion")
+    if provider.final_logit_softcapping is not None:
+        possible.remove("cross_entropy_loss_fusion")  # Transformer Engine writes into the logits it is given
+    return frozenset(possible)
+
+
+def fusible_activation(provider: GPTModelProvider) -> bool:
+    """Say whether mlp.py has a fused kernel: SwiGLU and GeGLU as they stand, GeLU with a bias."""
+    if provider.activation_func_clamp_value is not None or provider.glu_linear_offset:
+        return False
+    if provider.gated_linear_unit:
+        # experts weigh their tokens inside the kernel, of which there is none for gelu
+        return provider.activation_func == "silu" or (
+            provider.activation_func == "gelu" and provider.num_moe_experts is None
+        )
+    return provider.activation_func == "gelu" and provider.add_bias_linear
+
+
+def decided(provider: GPTModelProvider, name: str, possible: bool) -> bool:
+    asked = getattr(provider, name)
+    if asked and not possible:
+        raise ConfigError(
+            f"model.{name} is true, but neither a model without Transformer Engine nor every architecture has"
+            " it: leave it at null, which takes it where it can be"
+        )
+    return possible if asked is None else asked
+
+
+def check_offloading(provider: GPTModelProvider, transformer_engine: bool) -> None:
+    if provider.cpu_offloading and not transformer_engine:
+        raise ConfigError(
+            "model.cpu_offloading moves activations from a GPU by Transformer Engine, and there is none here:"
+            " set it to false"
+        )
