@@ -1,5 +1,6 @@
 """Which layers each pipeline stage gets: equal parts, or the uneven ones that a provider asks for."""
 
+import itertools
 import re
 
 from bridge.errors import ConfigError
@@ -69,3 +70,33 @@ def expand(layout: str) -> str:
     """Spell out the repetitions, as PipelineParallelLayerLayout.parse_str_to_list does."""
     spelt = re.sub(r"\(([^()]+)\)\*(\d+)", lambda found: found[1] * int(found[2]), layout.replace(",", ""))
     return re.sub(r"(.)\*(\d+)", lambda found: found[1] * int(found[2]), spelt)
+
+
+def layers_of_stage(provider: GPTModelProvider, stage: int) -> list[int]:
+    """Return the layers of one pipeline stage, of all its chunks if the pipeline is interleaved."""
+    counts = layers_per_chunk(provider)
+    firsts = list(itertools.accumulate(counts, initial=0))
+    chunks = range(stage, len(counts), provider.pipeline_model_parallel_size)
+    return [layer for chunk in chunks for layer in range(firsts[chunk], firsts[chunk + 1])]
+
+
+def layers_per_chunk(provider: GPTModelProvider) -> list[int]:
+    """Count the layers of every chunk in the order that a token passes them: chunk by chunk over all stages.
+
+    The provider's split must have been checked.
+    """
+    pipeline = provider.pipeline_model_parallel_size
+    virtual = provider.virtual_pipeline_model_parallel_size or 1
+    if provider.pipeline_model_parallel_layout is not None:
+        return [part.count("t") for part in expand(provider.pipeline_model_parallel_layout).split("|")]
+    first, last = (getattr(provider, name) for name in UNEVEN)
+    if first is not None or last is not None:
+        between = pipeline - (first is not None) - (last is not None)
+        rest = (provider.num_layers - (first or 0) - (last or 0)) // max(1, between)
+        stages = [first or rest, *[rest] * (pipeline - 2), last or rest]
+        return [layers // virtual for layers in stages] * virtual
+    embedding, loss = (int(getattr(provider, name)) for name in COUNTED)
+    counts = [(provider.num_layers + embedding + loss) // (pipeline * virtual)] * (pipeline * virtual)
+    counts[0] -= embedding
+    counts[-1] -= loss
+    return counts

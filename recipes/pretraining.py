@@ -6,6 +6,7 @@ from bridge.errors import ConfigError
 from bridge.families import provider_of
 from training.config import ConfigContainer, DatasetConfig, OptimizerConfig, SchedulerConfig, TrainingConfig
 from training.overrides import apply_overrides, override_names
+from training.parallel_plan import gpu_named, plan_parallel
 
 TRAIN_ITERS = 100_000
 SEQ_LENGTH = 8192
@@ -20,17 +21,23 @@ def pretrain_config(
     tensor: int = 1,
     pipeline: int = 1,
     context: int = 1,
+    expert: int = 1,
 ) -> ConfigContainer:
     """Return a config that trains the model of a Hugging Face config from random weights.
 
-    `changes` are settings by the names of their fields, such as {"seq_length": 1024, "train_iters": 10}.
-    Until `dataset.paths` names text, the run reads made-up sequences.
+    `changes` are settings by the names of their fields, such as {"seq_length": 1024, "train_iters": 10};
+    {"parallelism": "auto", "num_gpus": 8, "gpu": "h200"} leaves the parallel layout to
+    `training.parallel_plan`. Until `dataset.paths` names text, the run reads made-up sequences.
     """
+    changes = dict(changes)
+    planned = {name: changes.pop(name) for name in ("parallelism", "num_gpus", "gpu") if name in changes}
     model = provider_of(hf_config)
     model.seq_length = min(SEQ_LENGTH, model.max_position_embeddings)
     model.tensor_model_parallel_size = changes.get("tensor_model_parallel_size", tensor)
     model.pipeline_model_parallel_size = pipeline
     model.context_parallel_size = context
+    model.expert_model_parallel_size = expert
+    model.expert_tensor_parallel_size = 1 if expert > 1 else None
     model.sequence_parallel = model.tensor_model_parallel_size > 1
     lr = changes.get("lr", lr)
     config = ConfigContainer(
@@ -42,7 +49,20 @@ def pretrain_config(
         scheduler=SchedulerConfig(lr_warmup_iters=min(2000, changes.get("train_iters", TRAIN_ITERS) // 10)),
         dataset=DatasetConfig(mock=True),
     )
-    return apply_overrides(config, {dotted_name(config, name): value for name, value in changes.items()})
+    config = apply_overrides(config, {dotted_name(config, name): value for name, value in changes.items()})
+    return with_parallelism(config, **planned) if planned else config
+
+
+def with_parallelism(
+    config: ConfigContainer, *, parallelism: str = "auto", num_gpus: int = 1, gpu: str = "h100"
+) -> ConfigContainer:
+    """Return the config in the layout that is estimated to be the quickest on the GPUs named."""
+    if parallelism != "auto":
+        raise ConfigError(
+            f"parallelism is {parallelism!r}: give 'auto', or set the sizes, as in"
+            " tensor_model_parallel_size=2"
+        )
+    return plan_parallel(config, num_gpus, gpu_named(gpu)).best.layout.apply(config)
 
 
 def dotted_name(config: ConfigContainer, field: str) -> str:

@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+from bridge.families import provider_of
+from recipes.llama import llama3_8b_pretrain_config
+from recipes.qwen3 import qwen3_600m_pretrain_config
+from training.config import ConfigContainer
+from training.memory_estimate import (
+    ModelSize,
+    estimate_memory,
+    layer_activations,
+    microbatches_in_flight,
+    stage_parameters,
+)
+
+
+def config(**changes: object) -> ConfigContainer:
+    return llama3_8b_pretrain_config(
+        context_parallel_size=1, tensor_model_parallel_size=1, global_batch_size=64, **changes
+    )
+
+
+def test_one_rank_has_every_parameter() -> None:
+    """The count of transformers' own model of the same config, without its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = qwen3_600m_pretrain_config().model
+    with torch.device("meta"):
+        judge = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.hf_config))
+    model.make_vocab_size_divisible_by = 1
+    assert stage_parameters(model, ModelSize(model), 0).total == judge.num_parameters()
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+def test_ranks_share_the_parameters_out(tensor: int, pipeline: int) -> None:
+    """Norms are on every tensor-parallel rank; everything else is somewhere once."""
+    model = llama3_8b_pretrain_config(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, context_parallel_size=1
+    ).model.finalize()
+    model.make_vocab_size_divisible_by = 1
+    size = ModelSize(model)
+    norms = sum(layer["replicated"] for layer in size.layers) + model.hidden_size
+    held = sum(stage_parameters(model, size, stage).total for stage in range(pipeline)) * tensor
+    assert held == 8_030_261_248 + norms * (tensor - 1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"recompute_granularity": "full", "recompute_method": "uniform"}])
+def test_twice_the_batch_takes_twice_the_activations(settings: dict[str, str]) -> None:
+    small, large = (estimate_memory(config(micro_batch_size=size, **settings), 8) for size in (1, 2))
+    assert large.activations == pytest.approx(2 * small.activations)
+    assert large.logits == 2 * small.logits
+    assert (large.weights, large.optimizer) == (small.weights, small.optimizer)
+
+
+def test_recomputation_keeps_layer_inputs_only() -> None:
+    kept = estimate_memory(config(recompute_granularity="full", recompute_method="uniform"), 8).activations
+    model = config().model
+    inputs = 2 * model.hidden_size * model.num_layers * model.seq_length
+    assert kept == inputs + layer_activations(model, moe=False) * model.seq_length
+
+
+def test_more_copies_share_the_optimizer_state() -> None:
+    assert estimate_memory(config(), 8).optimizer * 8 == pytest.approx(estimate_memory(config(), 1).optimizer)
+
+
+def test_stages_hold_what_the_schedule_has_under_way() -> None:
+    pipeline = config(pipeline_model_parallel_size=4)
+    assert [microbatches_in_flight(pipeline, 8, stage) for stage in range(4)] == [4, 3, 2, 1]
+    interleaved = config(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2)
+    assert microbatches_in_flight(interleaved, 8, 0) == (2 * 3 + 4 + 1) / 2
+
+
+def test_saved_tensors_of_a_layer() -> None:
+    """Bytes a token of a Llama layer in bf16, added up by hand: norms, q k v, attention, SwiGLU."""
+    model = provider_of(llama3_8b_pretrain_config().model.hf_config)
+    norms, attention, mlp = 4 * 2 * 4096, 2 * (4096 + 1024 + 1024 + 4096) + 4 * 32, 2 * 3 * 14336
+    assert layer_activations(model, moe=False) == norms + attention + mlp

@@ -1,0 +1,92 @@
+import dataclasses
+
+import pytest
+
+from bridge.errors import ConfigError
+from bridge.pipeline_split import layers_of_stage, layers_per_chunk
+from recipes.llama import (
+    llama3_8b_pretrain_config,
+    llama31_70b_pretrain_config,
+    llama31_405b_pretrain_config,
+    llama32_1b_pretrain_config,
+)
+from training.memory_estimate import estimate_memory
+from training.parallel_plan import GPUS, USABLE, gpu_named, plan_parallel, plan_rows
+
+H100, H200 = GPUS["h100"], GPUS["h200"]
+
+
+def test_a_small_model_is_not_split() -> None:
+    layout = plan_parallel(llama32_1b_pretrain_config(), 8, H100).best.layout
+    assert layout.tensor_model_parallel_size == layout.pipeline_model_parallel_size == 1
+    assert not layout.recompute
+
+
+def test_a_large_model_is_split_as_little_as_it_must_be() -> None:
+    plan = plan_parallel(llama31_70b_pretrain_config(), 64, H100)
+    assert plan.best.memory.total <= H100.memory * USABLE * 2**30
+    assert any(each.total_seconds < plan.best.total_seconds for each in plan.too_large)
+    assert all(each.total_seconds >= plan.best.total_seconds for each in plan.fitting)
+
+
+def test_layers_that_no_power_of_two_divides_leave_outer_stages_smaller() -> None:
+    """126 layers with embedding and loss are 128."""
+    config = llama31_405b_pretrain_config(parallelism="auto", num_gpus=512, gpu="h100")
+    config.validate(512)
+    counts = layers_per_chunk(config.model)
+    assert sum(counts) == 126
+    assert counts[0] == counts[-1] == counts[1] - 1
+    stages = [layers_of_stage(config.model, s) for s in range(config.model.pipeline_model_parallel_size)]
+    assert sorted(layer for stage in stages for layer in stage) == list(range(126))
+
+
+def test_every_layout_that_is_offered_can_run() -> None:
+    config = llama3_8b_pretrain_config()
+    for estimate in plan_parallel(config, 16, H100).fitting:
+        estimate.layout.apply(config).validate(16)
+
+
+def test_more_memory_never_makes_it_slower() -> None:
+    config = llama31_70b_pretrain_config()
+    more = dataclasses.replace(H100, memory=2 * H100.memory)
+    slow, quick = (plan_parallel(config, 64, gpu).best.total_seconds for gpu in (H100, more))
+    assert quick <= slow
+
+
+def test_what_fits_nowhere_is_refused_with_what_it_needs() -> None:
+    with pytest.raises(ConfigError, match=r"needs .* GiB a GPU of 73: take more"):
+        plan_parallel(llama31_70b_pretrain_config(), 1, H100).best  # noqa: B018
+
+
+def test_a_batch_that_no_layout_divides_is_refused() -> None:
+    with pytest.raises(ConfigError, match="global_batch_size 512"):
+        plan_parallel(llama32_1b_pretrain_config(), 7, H100)
+
+
+def test_recipe_takes_the_planned_layout() -> None:
+    config = llama3_8b_pretrain_config(parallelism="auto", num_gpus=8, gpu="h200")
+    best = plan_parallel(llama3_8b_pretrain_config(), 8, H200).best
+    assert config.train.micro_batch_size == best.layout.micro_batch_size
+    assert estimate_memory(config, 8) == best.memory
+
+
+@pytest.mark.parametrize("changes", [{"parallelism": "best"}, {"parallelism": "auto", "gpu": "tpu"}])
+def test_unknown_words_are_refused(changes: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"best|tpu"):
+        llama3_8b_pretrain_config(**changes)
+
+
+def test_rows_say_why() -> None:
+    rows = plan_rows(plan_parallel(llama31_70b_pretrain_config(), 64, H100))
+    assert [row["verdict"] for row in rows].count("chosen") == 1
+    assert rows[0]["verdict"] == "chosen"
+    assert rows[-1]["verdict"] == "does not fit"
+    parts = [
+        rows[0][f"{part}_gib"] for part in ("weights", "gradients", "optimizer", "activations", "logits")
+    ]
+    assert sum(parts) == pytest.approx(rows[0]["memory_gib"], abs=0.3)
+
+
+def test_known_gpus_are_named() -> None:
+    with pytest.raises(ConfigError, match="h200"):
+        gpu_named("h300")
