@@ -16,6 +16,7 @@ def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepCo
         "exclude": spec.dataset.exclude,
         "max_bytes": spec.dataset.max_bytes,
         "split": spec.dataset.split,
+        "text_key": spec.dataset.text_key,
         "tokenizer": str(artifacts["fetch"].payload),
         "output": str(folder / "dataset"),
     }
@@ -30,6 +31,7 @@ def config(spec: ReleaseSpec, artifacts: dict[str, Artifact]) -> dict[str, Any]:
     return {
         "split": spec.dataset.split,
         "max_bytes": spec.dataset.max_bytes,
+        "text_key": spec.dataset.text_key,
         "text": text_identity(spec.dataset),
     }
 
@@ -37,11 +39,10 @@ def config(spec: ReleaseSpec, artifacts: dict[str, Artifact]) -> dict[str, Any]:
 def text_identity(dataset: DatasetSpec) -> dict[str, Any]:
     """Say which text the spec means right now, without reading it; a missing path is an InputError."""
     files = list(Corpus(dataset.inputs, dataset.exclude).files())
-    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return {
         "files": len(files),
-        "bytes": sum(size for _, size, _ in states),
-        "state": fingerprint({"files": states}),
+        "bytes": sum(file.nbytes for file in files),
+        "state": fingerprint({"files": [(file.path, file.nbytes, file.stamp) for file in files]}),
     }
 
 
@@ -51,6 +52,15 @@ STEP = Step(
     needs=("fetch",),
     config=config,
     build=build,
-    sources=("training.build_dataset", "training.corpus", __name__),
+    sources=(
+        "training.build_dataset",
+        "training.corpus",
+        "training.documents",
+        "training.indexed_files",
+        "training.indexed_writer",
+        "training.shards",
+        "training.slices",
+        __name__,
+    ),
     distributions=("tokenizers", "transformers", "megatron-core"),
 )

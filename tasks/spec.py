@@ -37,7 +37,9 @@ class DatasetSpec(Section):
     """The text that the model is trained on; some documents are held out to measure the loss."""
 
     inputs: list[str] = Field(min_length=1)
-    """Files or folders of text: .txt, .md, .rst, .py, or .jsonl with a text field."""
+    """Files, folders, globs or URLs of text: JSONL and Parquet hold many documents, any other file is one."""
+    text_key: str = "text"
+    """The key of a JSONL line or column of a Parquet file that holds the text."""
     exclude: list[str] = Field(default_factory=list)
     """Names of files and folders below the inputs that are left out."""
     max_bytes: int | None = Field(default=None, ge=1)

@@ -1,75 +1,114 @@
-"""Text documents from files and folders, in an order that every machine repeats."""
+"""Text documents from files, folders, globs and URLs, in an order that every machine repeats."""
 
-import json
+import glob
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bridge.errors import InputError
+from training.documents import FORMATS, Fault, Piece, format_of, read_piece
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet")
+COMPRESSED_SUFFIXES = (".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".txt.gz", ".txt.zst")
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One input file; `stamp` changes when it is written again."""
+
+    path: str
+    nbytes: int
+    stamp: str
 
 
 @dataclass
 class Corpus:
-    """Documents below `inputs`: a `.jsonl` file has one a line under "text", any other file is one.
+    """Documents of `inputs`: lines of JSONL and rows of Parquet under `text_key`, any other file is one.
 
-    A folder gives its files with a suffix of TEXT_SUFFIXES, without files and folders named in `exclude`, in
-    sorted order; reading stops before the document that would exceed `max_bytes`.
+    A folder gives its files with a known suffix, without files and folders named in `exclude`, in sorted
+    order, and so does a glob; an input with :// is read through fsspec. `format` is one of FORMATS, None goes
+    by the suffix. Reading stops before the document that would exceed `max_bytes` of text.
     """
 
     inputs: list[str]
     exclude: list[str] = field(default_factory=list)
     max_bytes: int | None = None
+    text_key: str = "text"
+    format: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in (None, *FORMATS):
+            raise InputError(f"format is {self.format!r}: allowed are {', '.join(FORMATS)}")
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents; a path that is missing or holds no UTF-8 text is an InputError."""
+        """Yield the documents one after the other; the first that cannot be used is an InputError."""
         remaining = self.max_bytes
-        for path in self.files():
-            for text in _read(path):
-                if remaining is not None:
-                    remaining -= len(text.encode())
-                    if remaining < 0:
-                        return
-                yield text
+        for file in self.files():
+            piece = Piece(file.path, self.format or format_of(file.path), 0, None, file.nbytes)
+            for text in read_piece(piece, self.text_key):
+                if isinstance(text, Fault):
+                    raise InputError(text.message(piece))
+                if remaining is not None and (remaining := remaining - len(text.encode())) < 0:
+                    return
+                if text.strip():
+                    yield text
 
-    def files(self) -> Iterator[Path]:
-        """Yield the files that the documents are read from."""
-        for given in map(Path, self.inputs):
-            if given.is_file():
-                yield given
-            elif given.is_dir():
-                yield from self._below(given)
-            else:
-                raise InputError(f"no such text file or folder: {given}")
+    def files(self) -> Iterator[TextFile]:
+        """Yield the files that the documents are read from; an input that names none is an InputError."""
+        for given in self.inputs:
+            found = list(self._remote(given) if "://" in given else self._local(given))
+            if not found:
+                raise InputError(
+                    f"no text below {given}: expected files that end in"
+                    f" {', '.join((*TEXT_SUFFIXES, *COMPRESSED_SUFFIXES))}"
+                )
+            yield from found
+
+    def _local(self, given: str) -> Iterator[TextFile]:
+        path = Path(given)
+        if path.is_dir():
+            yield from map(_local_file, self._below(path))
+        elif path.is_file():
+            yield _local_file(path)
+        elif matches := sorted(glob.glob(given, recursive=True)):  # noqa: PTH207 - Path.glob is relative
+            yield from map(_local_file, filter(self._wanted, filter(Path.is_file, map(Path, matches))))
+        else:
+            raise InputError(f"no such text file or folder: {given}")
 
     def _below(self, folder: Path) -> Iterator[Path]:
         for current, folders, names in os.walk(folder):
             folders[:] = sorted(set(folders) - set(self.exclude))
             for name in sorted(names):
-                if name.endswith(TEXT_SUFFIXES) and name not in self.exclude:
+                if name.endswith((*TEXT_SUFFIXES, *COMPRESSED_SUFFIXES)) and name not in self.exclude:
                     yield Path(current, name)
 
+    def _wanted(self, path: Path) -> bool:
+        return not set(path.parts) & set(self.exclude)
 
-def _read(path: Path) -> Iterator[str]:
-    try:
-        if path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                yield from (
-                    _text_of(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
-                )
-        elif (text := path.read_text(encoding="utf-8")).strip():
-            yield text
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    def _remote(self, given: str) -> Iterator[TextFile]:
+        import fsspec
+
+        filesystem, path = fsspec.core.url_to_fs(given)
+        if glob.has_magic(path):
+            matches = sorted(filter(filesystem.isfile, filesystem.glob(path)))
+        elif filesystem.isdir(path):
+            suffixes = (*TEXT_SUFFIXES, *COMPRESSED_SUFFIXES)
+            matches = sorted(name for name in filesystem.find(path) if name.endswith(suffixes))
+        elif filesystem.isfile(path):
+            matches = [path]
+        else:
+            raise InputError(f"no such text file or folder: {given}")
+        yield from (_remote_file(filesystem, match) for match in matches if self._wanted(Path(match)))
 
 
-def _text_of(path: Path, number: int, line: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{path}, line {number}: expected a JSON object with a "text" key') from error
-    if not isinstance(text, str):
-        raise InputError(f'{path}, line {number}: "text" is {type(text).__name__}, expected a string')
-    return text
+def _local_file(path: Path) -> TextFile:
+    state = path.stat()
+    return TextFile(str(path), state.st_size, str(state.st_mtime_ns))
+
+
+def _remote_file(filesystem: Any, path: str) -> TextFile:
+    return TextFile(
+        filesystem.unstrip_protocol(path), int(filesystem.size(path) or 0), str(filesystem.ukey(path))
+    )

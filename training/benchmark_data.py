@@ -1,0 +1,100 @@
+"""Speed of `bridgeworks data build`, measured against a plain loop with Megatron's own builder.
+
+    python -m training.benchmark_data TOKENIZER INPUT... [--megabytes 20] [--workers 1 2]
+
+The last line of output is one JSON document.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
+from transformers import PreTrainedTokenizerBase
+
+from training.build_dataset import Options, build_dataset, load_tokenizer
+from training.corpus import Corpus
+
+
+def plain_build(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, prefix: Path, *, append_eod: bool = True
+) -> int:
+    """Write the indexed dataset `prefix` document by document and return its number of tokens."""
+    dtype = DType.optimal_dtype(len(tokenizer))
+    builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=dtype)
+    total = 0
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = [*ids, tokenizer.eos_token_id] if append_eod else ids
+        builder.add_document(torch.tensor(ids), [len(ids)])
+        total += len(ids)
+    builder.finalize(get_idx_path(str(prefix)))
+    return total
+
+
+def main() -> None:
+    """Copy the text to one JSONL file, build it in each way, compare the bytes and print the rates."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("tokenizer", help="Hugging Face folder with the tokenizer")
+    parser.add_argument("inputs", nargs="+", help="files or folders of text")
+    parser.add_argument("--megabytes", type=float, default=20.0)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(
+            Path(folder), arguments.tokenizer, arguments.inputs, arguments.megabytes, arguments.workers
+        )
+    print(json.dumps(results))
+
+
+def measure(
+    folder: Path, tokenizer_path: str, inputs: list[str], megabytes: float, workers: list[int]
+) -> dict[str, Any]:
+    """Return documents and tokens a second of each way, all below `folder`."""
+    text = folder / "text.jsonl"
+    gathered = Corpus(inputs, max_bytes=int(megabytes * 1e6)).documents()
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in gathered))
+    corpus = Corpus([str(text)])
+    documents = sum(1 for _ in corpus.documents())
+    tokenizer = load_tokenizer(tokenizer_path)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the plain loop gives it one text at a time anyway
+    tokens = 0
+
+    def plain() -> None:
+        nonlocal tokens
+        tokens = plain_build(corpus.documents(), tokenizer, folder / "plain")
+
+    times = {"plain loop": timed(plain)}
+    for count in workers:
+        output = folder / f"with {count}"
+        options = Options(workers=count)
+        times[f"{count} workers"] = timed(
+            lambda to=output, by=options: build_dataset(corpus, tokenizer_path, to, by)  # type: ignore[misc]
+        )
+        for suffix in (".bin", ".idx"):
+            assert output.with_suffix(suffix).read_bytes() == (folder / f"plain{suffix}").read_bytes()
+    rates = {
+        name: {
+            "seconds": round(seconds, 2),
+            "documents_per_second": round(documents / seconds),
+            "tokens_per_second": round(tokens / seconds),
+        }
+        for name, seconds in times.items()
+    }
+    return {"documents": documents, "tokens": tokens, "bytes": text.stat().st_size, **rates}
+
+
+def timed(action: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()
