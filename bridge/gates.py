@@ -3,6 +3,7 @@
 Every threshold that depends on a dtype stands here.
 """
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,31 +29,28 @@ class LogitsMetrics:
 
 @dataclass(frozen=True)
 class LogitsThresholds:
-    """Bounds for the metrics of the same name; those of absolute differences are shares of the scale."""
+    """The most that metrics of the same name may be; those of absolute differences as shares of the scale.
+
+    Agreement of the top tokens and cosine are measured and not judged: no fault moved them that did not move
+    one of these first, and equal candidates for the next token change places by rounding alone
+    (docs/how_conversion_works.md).
+    """
 
     max_abs: float
     mean_abs: float
     kl: float
-    top1_agreement: float
-    top5_agreement: float
-    cosine: float
 
 
 LOGITS_THRESHOLDS = {
     # A real model of 1.5 billion parameters differs by 2e-6 of its scale, tiny ones by less.
-    "float32": LogitsThresholds(
-        max_abs=1e-4, mean_abs=1e-5, kl=1e-5, top1_agreement=0.99, top5_agreement=0.99, cosine=0.99999
-    ),
-    # With 8 bits the two sides round differently at every layer: tiny models differ by 1e-2 of their scale,
-    # cosine 0.9999. Close candidates for the next token change places.
-    "bfloat16": LogitsThresholds(
-        max_abs=5e-2, mean_abs=1e-2, kl=2e-2, top1_agreement=0.9, top5_agreement=0.9, cosine=0.999
-    ),
+    "float32": LogitsThresholds(max_abs=1e-4, mean_abs=1e-5, kl=1e-5),
+    # With 8 bits the two sides round differently at every layer: tiny models differ by 2e-2 of their scale.
+    "bfloat16": LogitsThresholds(max_abs=5e-2, mean_abs=1e-2, kl=2e-2),
 }
-# Distance of two hidden states as a share of the longer one, at any position of any layer.
-HIDDEN_THRESHOLDS = {"float32": 1e-4, "bfloat16": 5e-2}
+# Distance of two hidden states as a share of the longer one, at any position of any layer. Without a fault 40
+# layers of random weights are 1e-6 apart in float32 and 3e-2 in bfloat16.
+HIDDEN_THRESHOLDS = {"float32": 1e-4, "bfloat16": 1e-1}
 ABSOLUTE = ("max_abs", "mean_abs")
-AT_LEAST = ("top1_agreement", "top5_agreement", "cosine")
 
 
 def thresholds_for(dtype: str) -> LogitsThresholds:
@@ -66,12 +64,13 @@ def judge_logits(metrics: LogitsMetrics, dtype: str) -> dict[str, Any]:
     """Return the gate's verdict as JSON values: passed, metrics, thresholds and a line for each failure."""
     bounds = asdict(thresholds_for(dtype))
     bounds.update({name: bounds[name] * metrics.scale for name in ABSOLUTE})
+    found = asdict(metrics)
     failures = [
-        f"{name} is {value:.3g}: it may be {'at least' if name in AT_LEAST else 'at most'} {bounds[name]:.3g}"
-        for name, value in asdict(metrics).items()
-        if name in bounds and not within(name, value, bounds[name])
+        f"{name} is {found[name]:.3g}: it may be at most {bound:.3g}"
+        for name, bound in bounds.items()
+        if not within(found[name], bound)
     ]
-    return {"passed": not failures, "metrics": asdict(metrics), "thresholds": bounds, "failures": failures}
+    return {"passed": not failures, "metrics": found, "thresholds": bounds, "failures": failures}
 
 
 def judge_hidden_states(relative: list[float], dtype: str) -> dict[str, Any]:
@@ -80,18 +79,17 @@ def judge_hidden_states(relative: list[float], dtype: str) -> dict[str, Any]:
     `parts_at` is the first layer over the threshold, None if there is none.
     """
     bound = HIDDEN_THRESHOLDS[dtype]
-    over = [layer for layer, value in enumerate(relative) if not within("relative", value, bound)]
+    over = [layer for layer, value in enumerate(relative) if not within(value, bound)]
     last = len(relative) - 1
     failures = [
         f"hidden states part {place_of(layer, last)}: by {relative[layer]:.3g} of their length,"
         f" which may be at most {bound:.3g}"
         for layer in over[:1]
     ]
-    # max() would pass over a NaN
-    worst = next((relative[layer] for layer in over if relative[layer] != relative[layer]), max(relative))
     return {
         "passed": not over,
-        "metrics": {"relative": worst},
+        # max() would pass over a NaN
+        "metrics": {"relative": math.nan if any(map(math.isnan, relative)) else max(relative)},
         "thresholds": {"relative": bound},
         "failures": failures,
         "parts_at": over[0] if over else None,
@@ -105,6 +103,6 @@ def place_of(layer: int, num_layers: int) -> str:
     return f"at layer {layer} of {num_layers}" if layer else f"before layer 1 of {num_layers}"
 
 
-def within(name: str, value: float, bound: float) -> bool:
-    """Say whether a metric keeps its bound; a value that is not a number never does."""
-    return value >= bound if name in AT_LEAST else value <= bound
+def within(value: float, bound: float) -> bool:
+    """Say whether a measure keeps its bound; a value that is not a number never does."""
+    return value <= bound

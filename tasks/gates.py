@@ -9,7 +9,7 @@ from bridge.compare_configs import compare_configs
 from bridge.coverage import check_hf_coverage, check_megatron_coverage
 from bridge.errors import GateError, InputError
 from bridge.families import plan_weights, provider_of
-from bridge.gates import AT_LEAST, within
+from bridge.gates import within
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.job import write_json
 from bridge.ledger import EQUAL, STATES, LedgerComparison, LedgerRecord, compare_ledgers, ledger
@@ -189,13 +189,12 @@ def gate_rows(verdicts: list[Verdict]) -> list[dict[str, str]]:
 
 def _row(gate: str, name: str, each: Verdict) -> dict[str, str]:
     value, bound = each["metrics"][name], each["thresholds"][name]
-    direction = "at least" if name in AT_LEAST else "at most"
-    passed = within(name, value, bound)
+    passed = within(value, bound)
     return {
         "gate": gate,
         "measure": name,
         "value": f"{value:.6g}",
-        "allowed": f"{direction} {bound:.6g}",
+        "allowed": f"at most {bound:.6g}",
         "verdict": "passed" if passed else "FAILED",
     }
 

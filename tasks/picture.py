@@ -1,5 +1,6 @@
 """The picture of a comparison: how far two models are apart, by position and by layer."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,15 @@ def draw_differences(
 def _lines(
     axes: "Axes", rows: "DataFrame", column: str, value: str, threshold: float, marker: str = ""
 ) -> None:
-    axes.set_yscale("log")
+    # what is no number, or has no end, has no place on an axis
+    shown = rows[value].clip(lower=SMALLEST).where(rows[value].map(math.isfinite))
+    heights = [*shown.dropna(), threshold]
+    axes.set(yscale="log", ylim=(min(heights) / 3, max(heights) * 3))
     axes.grid(alpha=0.3)
     groups = rows.groupby("prompt")
     for prompt, group in groups:
         label = f"prompt {prompt}" if len(groups) <= LEGEND_PROMPTS else None
-        heights = group[value].clip(lower=SMALLEST)
-        axes.plot(group[column], heights, linewidth=1, marker=marker, markersize=3, label=label)
+        axes.plot(group[column], shown[group.index], linewidth=1, marker=marker, markersize=3, label=label)
     axes.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"allowed: {threshold:.2g}")
 
 
