@@ -4,23 +4,22 @@ import dataclasses
 import json
 import os
 import shutil
-import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bridge.byte_copy import OpenFiles, Progress, ProgressCounter, for_each, write_from
-from bridge.chunk_plan import in_layers
 from bridge.conversion import Conversion, check_workers, origin_of
-from bridge.dtypes import ITEM_SIZES, TO_SAFETENSORS, check_weight_dtype
+from bridge.dtypes import check_weight_dtype
 from bridge.families import family_named
-from bridge.hf_checkpoint import CONFIG, INDEX, SINGLE_SHARD
+from bridge.hf_checkpoint import CONFIG, INDEX
 from bridge.hf_view import HfView, ViewedTensor
 from bridge.megatron_checkpoint import MegatronCheckpoint
 from bridge.memory import DEFAULT_LIMIT, MemoryLimit
+from bridge.shard_plan import Shard, create_shard, plan_shards, write_index
 from bridge.sizes import parse_size
 from bridge.staging import Journal, resumable_folder
 from bridge.torch_dist.metadata import METADATA
@@ -63,21 +62,8 @@ def export_checkpoint(
             _write_config(journal.folder / CONFIG, checkpoint, view)
             for file in checkpoint.side_files:
                 shutil.copyfile(file, journal.folder / file.name)
-            _ShardWriter(view, journal, counter).write(_plan_shards(view.tensors, limit), workers, memory)
+            _ShardWriter(view, journal, counter).write(plan_shards(view.tensors, limit), workers, memory)
     return Conversion(Path(hf_path), len(view.tensors), total, time.monotonic() - began, counter.resumed)
-
-
-class _Shard(NamedTuple):
-    """A safetensors file to be: its header, and where each tensor begins."""
-
-    name: str
-    header: bytes
-    offsets: dict[str, int]
-    size: int
-
-    @property
-    def payload_size(self) -> int:
-        return self.size - len(self.header)
 
 
 class _Range(NamedTuple):
@@ -101,10 +87,10 @@ class _ShardWriter:
         self._left: Counter[int] = Counter()
         self._lock = threading.Lock()
 
-    def write(self, shards: list[_Shard], workers: int, memory: MemoryLimit) -> None:
+    def write(self, shards: list[Shard], workers: int, memory: MemoryLimit) -> None:
         """Write the shards that the journal does not know as finished, and the index of several."""
         if len(shards) > 1:
-            _write_index(self._journal.folder / INDEX, shards, self._counter.total)
+            write_index(self._journal.folder / INDEX, shards, self._counter.total)
         waiting = {n: shard for n, shard in enumerate(shards) if shard.name not in self._journal.finished}
         self._counter.start(sum(s.payload_size for n, s in enumerate(shards) if n not in waiting))
         workers = self._view.fit(memory, workers)
@@ -112,13 +98,13 @@ class _ShardWriter:
         self._left.update(piece.shard for piece in ranges)
         try:
             for number, shard in waiting.items():
-                self._targets[number] = _create(self._journal.folder / shard.name, shard)
+                self._targets[number] = create_shard(self._journal.folder / shard.name, shard)
             for_each(lambda piece: self._copy(piece, shards), _interleaved(ranges, workers), workers)
         finally:
             for target in self._targets.values():
                 os.close(target)
 
-    def _copy(self, piece: _Range, shards: list[_Shard]) -> None:
+    def _copy(self, piece: _Range, shards: list[Shard]) -> None:
         position = piece.position
         for data in self._view.read(piece.tensor, piece.first, piece.num_rows):
             write_from(self._targets[piece.shard], data, position)
@@ -133,49 +119,7 @@ class _ShardWriter:
         self._counter.add(written)
 
 
-def _plan_shards(tensors: dict[str, ViewedTensor], limit: int) -> list[_Shard]:
-    """Share the tensors out over shards of at most `limit` bytes, layer by layer."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name in sorted(tensors, key=in_layers):
-        if groups[-1] and size + tensors[name].nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += tensors[name].nbytes
-    names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
-    names = names if len(groups) > 1 else [SINGLE_SHARD]
-    return [_plan_shard(name, group, tensors) for name, group in zip(names, groups, strict=True)]
-
-
-def _plan_shard(file_name: str, names: list[str], tensors: dict[str, ViewedTensor]) -> _Shard:
-    # Larger elements first, or those behind smaller ones would not be aligned.
-    names = sorted(names, key=lambda name: -ITEM_SIZES[tensors[name].dtype])
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position, begins = 0, {}
-    for name in names:
-        tensor, begins[name] = tensors[name], position
-        position += tensor.nbytes
-        entries[name] = {
-            "dtype": TO_SAFETENSORS[tensor.dtype],
-            "shape": tensor.shape,
-            "data_offsets": [begins[name], position],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = struct.pack("<Q", len(text)) + text
-    offsets = {name: len(header) + begin for name, begin in begins.items()}
-    return _Shard(file_name, header, offsets, len(header) + position)
-
-
-def _create(path: Path, shard: _Shard) -> int:
-    target = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    write_from(target, shard.header, 0)
-    os.ftruncate(target, shard.size)
-    return target
-
-
-def _ranges(number: int, shard: _Shard, tensors: dict[str, ViewedTensor]) -> Iterator[_Range]:
+def _ranges(number: int, shard: Shard, tensors: dict[str, ViewedTensor]) -> Iterator[_Range]:
     for name, position in shard.offsets.items():
         tensor = tensors[name]
         step = max(1, MAX_RANGE_SIZE // tensor.row_size)
@@ -188,12 +132,6 @@ def _interleaved(ranges: list[_Range], workers: int) -> list[_Range]:
     """Order the ranges so that workers are in different shards: a file system writes a file one by one."""
     part = -(-len(ranges) // workers)
     return [ranges[i] for start in range(part) for i in range(start, len(ranges), part)]
-
-
-def _write_index(path: Path, shards: list[_Shard], total: int) -> None:
-    weight_map = {name: shard.name for shard in shards for name in shard.offsets}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    path.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _write_config(path: Path, checkpoint: MegatronCheckpoint, view: HfView) -> None:
