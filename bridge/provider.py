@@ -68,6 +68,8 @@ class GPTModelProvider:
     moe_router_pre_softmax: bool = False
     moe_router_num_groups: int | None = None
     moe_router_group_topk: int | None = None
+    # a group of experts counts by the sum of its best ones' scores, so many of them
+    moe_router_group_members: int = 2
     moe_router_topk_scaling_factor: float | None = None
     moe_router_enable_expert_bias: bool = False
     moe_router_bias_update_rate: float = 1e-3
@@ -176,6 +178,18 @@ class GPTModelProvider:
         return self.moe_layer_freq == 1
 
     @property
+    def expert_tensor_size(self) -> int:
+        """Ranks that share each expert, `expert_tensor_parallel_size` or Megatron's default for it."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def expert_ranks(self) -> int:
+        """Ranks that all experts of the model take; they are not more than those of data parallelism."""
+        return (
+            self.expert_model_parallel_size * self.expert_tensor_size * self.pipeline_model_parallel_size
+        )
+
+    @property
     def model_parallel_size(self) -> int:
         """Ranks that one copy of the model takes."""
         return (
@@ -208,6 +222,7 @@ class GPTModelProvider:
                 raise ConfigError(f"model.{name} is {value!r}: allowed are {', '.join(allowed)}")
 
     def _check_parallel_sizes(self) -> None:
+        from bridge.expert_checks import check_experts
         from bridge.pipeline_split import check_pipeline_split
 
         tensor = self.tensor_model_parallel_size
@@ -221,6 +236,7 @@ class GPTModelProvider:
                     f" tensor_model_parallel_size {tensor}: choose a divisor of {getattr(self, name)}"
                 )
         check_pipeline_split(self)
+        check_experts(self)
         if self.sequence_parallel and tensor == 1:
             raise ConfigError("model.sequence_parallel needs tensor_model_parallel_size > 1")
 
