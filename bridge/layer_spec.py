@@ -1,14 +1,20 @@
 """The modules of the layers: Transformer Engine's on a GPU, else torch's under the same names."""
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from bridge.errors import ConfigError
 from bridge.layer_features import add_features
@@ -28,18 +34,39 @@ def uses_transformer_engine(provider: GPTModelProvider) -> bool:
 
 def layer_spec(
     provider: GPTModelProvider, config: TransformerConfig, vp_stage: int | None = None
-) -> ModuleSpec:
-    """Return the modules of one layer, or of a block whose layers differ from one another."""
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Return the modules of one layer, or of this stage's layers where they differ from one another."""
     engine = uses_transformer_engine(provider)
+    if provider.homogeneous_layers:
+        return one_layer(provider, engine, experts=provider.num_moe_experts is not None)
+    layers = {experts: one_layer(provider, engine, experts) for experts in (False, True)}
+    return TransformerBlockSubmodules(
+        layer_specs=[layers[provider.moe_layers[number]] for number in layers_of_stage(config, vp_stage)],
+        layer_norm=TENorm if engine else WrappedTorchNorm,
+    )
+
+
+def layers_of_stage(config: TransformerConfig, vp_stage: int | None) -> Sequence[int]:
+    """Return the numbers of the decoder layers that this pipeline stage holds, counted from 0."""
+    if (layout := config.pipeline_model_parallel_layout) is not None:
+        return layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
+
+
+def one_layer(provider: GPTModelProvider, engine: bool, experts: bool) -> ModuleSpec:
+    """Return the modules of a layer with or without experts."""
+    options = {
+        "num_experts": provider.num_moe_experts if experts else None,
+        "qk_layernorm": provider.qk_layernorm,
+        "multi_latent_attention": provider.multi_latent_attention,
+    }
     if engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=provider.qk_layernorm, multi_latent_attention=provider.multi_latent_attention
-        )
+        spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=True, **options)
     else:
-        spec = get_gpt_layer_local_spec(
-            qk_layernorm=provider.qk_layernorm,
-            multi_latent_attention=provider.multi_latent_attention,
-            normalization=provider.normalization,
-        )
+        spec = get_gpt_layer_local_spec(normalization=provider.normalization, **options)
+        if experts:
+            # Transformer Engine has this norm in linear_fc1 of dense layers only.
+            spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     add_features(spec, provider, engine)
     return spec
