@@ -13,7 +13,7 @@ from bridge.provider import GPTModelProvider
 
 @dataclass(frozen=True)
 class Derived(ConfigRule):
-    """A key that, where given, is the sum of others; `parts` are those with the provider's fields for them."""
+    """A key that, if given, is the sum of others; `parts` are those, with the provider's fields for them."""
 
     key: str
     parts: Map[str, str]
@@ -36,6 +36,14 @@ class Derived(ConfigRule):
 
 
 @dataclass(frozen=True)
+class OriginalRequires(Requires):
+    """A key of DeepSeek's own config that transformers does not have."""
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
 class QueryRank(ConfigRule):
     """`q_lora_rank`: null where queries come from the hidden state without a latent (V2-Lite, Moonlight)."""
 
@@ -48,6 +56,9 @@ class QueryRank(ConfigRule):
     def write(self, provider: GPTModelProvider) -> dict[str, Any]:
         return {"q_lora_rank": provider.q_lora_rank}
 
+
+LATENT_ROPES = ("default", "linear", "llama3", "yarn")
+"""Rope types that do not depend on the length of a sequence, as Megatron's latent attention needs it."""
 
 LATENT_CONFIG: tuple[ConfigRule, ...] = (
     Field("num_hidden_layers", "num_layers"),
@@ -66,9 +77,7 @@ LATENT_CONFIG: tuple[ConfigRule, ...] = (
     Field("qk_rope_head_dim", "qk_pos_emb_head_dim", default=64),
     Field("v_head_dim", "v_head_dim", default=128),
     Derived("num_key_value_heads", {"num_attention_heads": "num_attention_heads"}),
-    Derived(
-        "qk_head_dim", {"qk_nope_head_dim": "qk_head_dim", "qk_rope_head_dim": "qk_pos_emb_head_dim"}
-    ),
+    Derived("qk_head_dim", {"qk_nope_head_dim": "qk_head_dim", "qk_rope_head_dim": "qk_pos_emb_head_dim"}),
     Derived("head_dim", {"qk_rope_head_dim": "qk_pos_emb_head_dim"}),
     Constant("multi_latent_attention", True),
     Constant("qk_layernorm", True),
@@ -77,6 +86,7 @@ LATENT_CONFIG: tuple[ConfigRule, ...] = (
     Requires("hidden_act", ("silu",)),
     Requires("attention_bias", (False,)),
     Requires("is_encoder_decoder", (False,)),
+    OriginalRequires("moe_layer_freq", (1,)),
     Dtype(),
     WITHOUT_MEANING,
     # how the experts were spread and balanced in training
