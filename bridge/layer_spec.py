@@ -38,8 +38,8 @@ def layer_spec(
     """Return the modules of one layer, or of this stage's layers where they differ from one another."""
     engine = uses_transformer_engine(provider)
     if provider.homogeneous_layers:
-        return one_layer(provider, engine, experts=provider.num_moe_experts is not None)
-    layers = {experts: one_layer(provider, engine, experts) for experts in (False, True)}
+        return one_layer(provider, config, experts=provider.num_moe_experts is not None)
+    layers = {experts: one_layer(provider, config, experts) for experts in (False, True)}
     return TransformerBlockSubmodules(
         layer_specs=[layers[provider.moe_layers[number]] for number in layers_of_stage(config, vp_stage)],
         layer_norm=TENorm if engine else WrappedTorchNorm,
@@ -54,15 +54,18 @@ def layers_of_stage(config: TransformerConfig, vp_stage: int | None) -> Sequence
     return range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage))
 
 
-def one_layer(provider: GPTModelProvider, engine: bool, experts: bool) -> ModuleSpec:
+def one_layer(provider: GPTModelProvider, config: TransformerConfig, experts: bool) -> ModuleSpec:
     """Return the modules of a layer with or without experts."""
+    engine = uses_transformer_engine(provider)
     options = {
         "num_experts": provider.num_moe_experts if experts else None,
         "qk_layernorm": provider.qk_layernorm,
         "multi_latent_attention": provider.multi_latent_attention,
     }
     if engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=True, **options)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            moe_grouped_gemm=True, use_te_activation_func=config.use_te_activation_func, **options
+        )
     else:
         spec = get_gpt_layer_local_spec(normalization=provider.normalization, **options)
         if experts:
