@@ -142,6 +142,7 @@ class GPTModelProvider:
     cpu_offloading_weights: bool = False
 
     # None: in training on where the device and the model have them (training.run_settings), else off
+    use_te_activation_func: bool | None = None
     bias_activation_fusion: bool | None = None
     bias_dropout_fusion: bool | None = None
     masked_softmax_fusion: bool | None = None
