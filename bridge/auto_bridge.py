@@ -6,20 +6,23 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from megatron.core.transformer import TransformerConfig
 
 from bridge import live_checkpoint, live_weights
+from bridge.byte_copy import Progress, ProgressCounter
 from bridge.conversion import Conversion
+from bridge.dtypes import check_weight_dtype
 from bridge.errors import CheckpointError, ConfigError, UnsupportedModelError
 from bridge.exporter import export_checkpoint
-from bridge.families import families, family_of, plan_weights, provider_of
+from bridge.families import families, family_of, provider_of
 from bridge.hf_checkpoint import CONFIG, HfCheckpoint, read_config
 from bridge.hf_writer import write_shards
 from bridge.importer import import_checkpoint
-from bridge.megatron_checkpoint import read_model, resolve_checkpoint
+from bridge.pretrained import read_model, resolve_pretrained
+from bridge.progress_bar import progress_bar
 from bridge.provider import GPTModelProvider
 from bridge.staging import SUFFIX, staged_folder
 
@@ -27,6 +30,7 @@ from bridge.staging import SUFFIX, staged_folder
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 
 Model = Sequence[torch.nn.Module]
+Dtype: TypeAlias = str | torch.dtype
 
 
 class AutoBridge:
@@ -71,11 +75,13 @@ class AutoBridge:
     @classmethod
     def import_ckpt(cls, hf_path: str | Path, megatron_path: str | Path, **options: Any) -> Conversion:
         """Convert a Hugging Face folder or hub repository on disk; options are `import_checkpoint`'s."""
-        return import_checkpoint(local_folder(hf_path), megatron_path, **options)
+        with progress_bar("importing", options.pop("progress", None)) as progress:
+            return import_checkpoint(local_folder(hf_path), megatron_path, progress=progress, **options)
 
     def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, **options: Any) -> Conversion:
         """Convert a Megatron checkpoint on disk; options are `export_checkpoint`'s."""
-        return export_checkpoint(megatron_path, hf_path, **options)
+        with progress_bar("exporting", options.pop("progress", None)) as progress:
+            return export_checkpoint(megatron_path, hf_path, progress=progress, **options)
 
     @property
     def transformer_config(self) -> TransformerConfig:
@@ -95,36 +101,78 @@ class AutoBridge:
         return self.to_megatron_provider(load_weights).provide_distributed_model(**options)
 
     def load_hf_weights(self, model: Model, hf_path: str | Path | None = None) -> None:
-        """Fill a model with this checkpoint's weights, or with those of another folder."""
+        """Fill a model in place with this checkpoint's weights, or with those of another folder.
+
+        Each rank reads only the slices that it holds.
+        """
         source = HfCheckpoint.open(local_folder(hf_path)) if hf_path else self.checkpoint
         if source is None:
             raise ConfigError("this bridge was made from a config alone: name the folder of the weights")
         live_weights.load_hf_weights(model, provider_of(self.config), source)
 
-    def export_hf_weights(self, model: Model, cpu: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (name, tensor) for every Hugging Face tensor, whole and on every rank."""
-        return live_weights.export_hf_weights(model, provider_of(self.config), cpu=cpu)
+    def export_hf_weights(
+        self, model: Model, *, dtype: Dtype | None = None, **options: Any
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (name, tensor) for every Hugging Face tensor, whole and on every rank.
 
-    def save_hf_weights(self, model: Model, path: str | Path, max_shard_size: str = "5GB") -> None:
-        """Write a model's weights as safetensors shards into an existing folder."""
-        plan, dtype = plan_weights(provider_of(self.config)), next(model[0].parameters()).dtype
-        weights = self.export_hf_weights(model, cpu=True)
+        Options are those of `bridge.live_weights.export_hf_weights`: `names` (only these), `cpu`,
+        `first_rank_only`, `bucket_size` (bytes).
+        """
+        return live_weights.export_hf_weights(
+            model, provider_of(self.config), dtype=torch_dtype(dtype), **options
+        )
+
+    def save_hf_weights(
+        self,
+        model: Model,
+        path: str | Path,
+        max_shard_size: str = "5GB",
+        *,
+        dtype: Dtype | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write a model's weights as safetensors shards into an existing folder.
+
+        The first rank writes them, and holds a bucket and two tensors at a time. `progress(done, total)` is
+        called with bytes; by default a person who watches sees a bar.
+        """
+        weights = self._hf_weights(model, dtype)
+        total = sum(tensor.nbytes for tensor in weights.described.values())
         if is_first_rank():
-            write_shards(Path(path), weights, plan.hf_shapes, dtype, max_shard_size)
+            with progress_bar("saving", progress) as report:
+                counter = ProgressCounter(total, report)
+                write_shards(Path(path), weights, weights.described, max_shard_size, counter)
         else:
             for _ in weights:  # every rank has its part in gathering
                 pass
         torch.distributed.barrier()
 
-    def save_hf_pretrained(self, model: Model, path: str | Path, max_shard_size: str = "5GB") -> None:
-        """Write weights, config, generation config and tokenizer as a new folder that transformers loads."""
+    def _hf_weights(self, model: Model, dtype: Dtype | None) -> live_weights.HfWeights:
+        return live_weights.HfWeights(
+            model, provider_of(self.config), dtype=torch_dtype(dtype), first_rank_only=True
+        )
+
+    def save_hf_pretrained(
+        self,
+        model: Model,
+        path: str | Path,
+        max_shard_size: str = "5GB",
+        *,
+        dtype: Dtype | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Write weights, config, generation config and tokenizer as a new folder that transformers loads.
+
+        It appears when it is complete. Weights are cast to `dtype`, by default they keep the model's.
+        """
         target = Path(path)
         partial = target.with_name(target.name + SUFFIX)
-        with staged_folder(target, 0) if is_first_rank() else nullcontext():
+        size = sum(tensor.nbytes for tensor in self._hf_weights(model, dtype).described.values())
+        with staged_folder(target, size) if is_first_rank() else nullcontext():
             torch.distributed.barrier()
-            self.save_hf_weights(model, partial, max_shard_size)
+            self.save_hf_weights(model, partial, max_shard_size, dtype=dtype, progress=progress)
             if is_first_rank():
-                self._write_side_files(partial, next(model[0].parameters()).dtype)
+                self._write_side_files(partial, torch_dtype(dtype) or next(model[0].parameters()).dtype)
         torch.distributed.barrier()
 
     def _write_side_files(self, folder: Path, dtype: torch.dtype) -> None:
@@ -145,11 +193,11 @@ class AutoBridge:
         live_checkpoint.save_checkpoint(model, provider_of(self.config), Path(path), files)
 
     def load_megatron_model(self, path: str | Path, **options: Any) -> list[torch.nn.Module]:
-        """Build a model with the weights of a Megatron checkpoint; fields of the provider may be options.
+        """Build a model with the weights of a Megatron checkpoint, or of a Hugging Face folder as it is.
 
-        The others are `provide_distributed_model`'s.
+        Options are fields of the provider, such as parallel sizes, and `provide_distributed_model`'s.
         """
-        folder = resolve_checkpoint(Path(path))
+        folder = resolve_pretrained(Path(path))
         fields = {field.name for field in dataclasses.fields(GPTModelProvider)}
         layout = {name: options.pop(name) for name in list(options) if name in fields}
         provider = dataclasses.replace(read_model(folder), **layout)
@@ -173,6 +221,13 @@ class ProviderWithWeights(GPTModelProvider):
 
 def is_first_rank() -> bool:
     return torch.distributed.get_rank() == 0
+
+
+def torch_dtype(dtype: Dtype | None) -> torch.dtype | None:
+    """Return a dtype given by name or as torch's own, which must be one that weights may have."""
+    name = str(dtype).removeprefix("torch.") if dtype is not None else None
+    check_weight_dtype(name)
+    return getattr(torch, name) if name else None
 
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:

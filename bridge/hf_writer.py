@@ -1,38 +1,59 @@
-"""Writes tensors that arrive one by one as the safetensors shards of a Hugging Face checkpoint."""
+"""Writes tensors that arrive one by one, in any order, as the safetensors shards of a checkpoint."""
 
-import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 
+from bridge.byte_copy import ProgressCounter, write_from
+from bridge.dtypes import ITEM_SIZES
 from bridge.hf_checkpoint import INDEX
 from bridge.mapping import Shape
+from bridge.shard_plan import create_shard, plan_shards, write_index
+from bridge.sizes import parse_size
+
+
+class TensorDescription(NamedTuple):
+    """Shape and dtype of a tensor that is to arrive."""
+
+    shape: Shape
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * ITEM_SIZES[self.dtype]
 
 
 def write_shards(
     folder: Path,
     weights: Iterable[tuple[str, torch.Tensor]],
-    shapes: dict[str, Shape],
-    dtype: torch.dtype,
+    described: Mapping[str, TensorDescription],
     max_shard_size: str = "5GB",
+    counter: ProgressCounter | None = None,
 ) -> None:
-    """Write `weights`, whose names and shapes are known before they arrive, each shard once it is full.
+    """Write `weights` into `folder`, each to its place when it arrives; all that are `described` must.
 
-    Weights in the order of `shapes` need the memory of one shard.
+    The tensors may be on any device; no more than one is held.
     """
-    described = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    split = split_torch_state_dict_into_shards(described, max_shard_size=max_shard_size)
-    waiting: dict[str, dict[str, torch.Tensor]] = {file: {} for file in split.filename_to_tensors}
-    file_of = {name: file for file, names in split.filename_to_tensors.items() for name in names}
-    for name, weight in weights:
-        file = file_of[name]
-        waiting[file][name] = weight.contiguous()
-        if len(waiting[file]) == len(split.filename_to_tensors[file]):
-            save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
-    assert not waiting, f"weights for {sorted(waiting)} did not arrive"
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": dict(sorted(file_of.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    shards = plan_shards(described, parse_size(max_shard_size, "max_shard_size"))
+    files = [create_shard(folder / shard.name, shard) for shard in shards]
+    places = {
+        name: (file, offset)
+        for file, shard in zip(files, shards, strict=True)
+        for name, offset in shard.offsets.items()
+    }
+    try:
+        for name, weight in weights:
+            data = weight.cpu().contiguous().flatten().view(torch.uint8)
+            assert len(data) == described[name].nbytes, f"{name} is {weight.dtype} {list(weight.shape)}"
+            write_from(places[name][0], memoryview(data.numpy()), places.pop(name)[1])
+            if counter:
+                counter.add(len(data))
+    finally:
+        for file in files:
+            os.close(file)
+    assert not places, f"weights for {sorted(places)} did not arrive"
+    if len(shards) > 1:
+        write_index(folder / INDEX, shards, sum(tensor.nbytes for tensor in described.values()))

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from bridge.byte_copy import OpenFiles
 from bridge.distributed import device
 from bridge.errors import BridgeworksError, CoverageError
 from bridge.families import plan_weights
 from bridge.gather_plan import plan_pieces
 from bridge.gathering import Gathering, model_replica
 from bridge.hf_checkpoint import HfCheckpoint
+from bridge.hf_writer import TensorDescription
 from bridge.provider import GPTModelProvider
 from bridge.shards import blocks_by_tensor, check_model_coverage, gather_boxes, shards_of
 from bridge.weight_sources import HfSource, WeightSource
@@ -28,7 +30,8 @@ def load_hf_weights(
     chunks: Sequence[torch.nn.Module], provider: GPTModelProvider, checkpoint: HfCheckpoint
 ) -> None:
     """Fill this rank's model chunks with its own slices of a Hugging Face checkpoint, cast to their dtype."""
-    fill(chunks, HfSource(plan_weights(provider), checkpoint))
+    with OpenFiles() as files:
+        fill(chunks, HfSource(plan_weights(provider), checkpoint, files))
 
 
 def fill(chunks: Sequence[torch.nn.Module], source: WeightSource) -> None:
@@ -39,6 +42,10 @@ def fill(chunks: Sequence[torch.nn.Module], source: WeightSource) -> None:
     def fill_all() -> None:
         for shard in shards:
             source.fill(shard)
+            if shard.data.dtype is torch.float16 and shard.data.isinf().any():
+                raise CoverageError(
+                    f"{shard.box.key!r} holds values that overflow in float16: choose bfloat16"
+                )
 
     on_every_rank(fill_all)
 
@@ -55,6 +62,54 @@ def on_every_rank(work: Callable[[], Any]) -> None:
     for rank, found in enumerate(failures):
         if found is not None:
             raise type(found)(f"rank {rank}: {found}" if len(failures) > 1 else str(found)) from failure
+
+
+class HfWeights:
+    """The Hugging Face tensors of a live model: described at once, made whole when iterated over.
+
+    For the meaning of the options see `export_hf_weights`.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        provider: GPTModelProvider,
+        *,
+        names: Collection[str] | None = None,
+        dtype: torch.dtype | None = None,
+        first_rank_only: bool = False,
+        bucket_size: int | None = None,
+    ) -> None:
+        finish_updates(chunks)
+        plan, shards = plan_weights(provider), shards_of(chunks)
+        held = gather_boxes(shards)
+        check_model_coverage(blocks_by_tensor(plan), set().union(*held))
+        wanted = plan.hf_shapes if names is None else names
+        if unknown := sorted(set(wanted) - plan.hf_shapes.keys()):
+            raise CoverageError(f"the model has no tensor {unknown[0]!r}: names are those of Hugging Face")
+        self._replica = model_replica()
+        pieces = plan_pieces(plan, [held[rank] for rank in self._replica.ranks], wanted, dtype)
+        self._gathering = Gathering(plan, pieces, {shard.box: shard.data for shard in shards}, dtype)
+        self._first_rank_only = first_rank_only
+        self._bucket_size = bucket_size or (GPU_BUCKET_SIZE if device().type == "cuda" else CPU_BUCKET_SIZE)
+        self.described = {
+            name: TensorDescription(
+                plan.hf_shapes[name], str(dtype or parts[0].box.dtype).removeprefix("torch.")
+            )
+            for name, parts in pieces.items()
+        }
+        """Every tensor in the order of the model's rules, which is not that in which they come."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if not self._first_rank_only or 0 in self._replica.ranks:
+            yield from self._gathering.run(self._replica, self._bucket_size, self._first_rank_only)
+
+
+def finish_updates(chunks: Sequence[torch.nn.Module]) -> None:
+    """Wait for what the optimizer's last step may still be sending."""
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def export_hf_weights(
@@ -75,21 +130,7 @@ def export_hf_weights(
     GPU 512) and two of the largest tensor. A name that the model does not have, and a model that does not
     have what its family declares, are a CoverageError.
     """
-    for chunk in chunks:
-        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)  # else the optimizer's last step may still be under way
-    plan, shards = plan_weights(provider), shards_of(chunks)
-    held = gather_boxes(shards)
-    check_model_coverage(blocks_by_tensor(plan), set().union(*held))
-    if names is not None and (unknown := sorted(set(names) - plan.hf_shapes.keys())):
-        raise CoverageError(
-            f"the model has no tensor {unknown[0]!r}: names are those of Hugging Face's files"
-        )
-    wanted, replica = plan.hf_shapes if names is None else names, model_replica()
-    if first_rank_only and 0 not in replica.ranks:
-        return
-    tensors = plan_pieces(plan, [held[rank] for rank in replica.ranks], wanted, dtype)
-    gathering = Gathering(plan, tensors, {shard.box: shard.data for shard in shards}, dtype)
-    size = bucket_size or (GPU_BUCKET_SIZE if device().type == "cuda" else CPU_BUCKET_SIZE)
-    for name, weight in gathering.run(replica, size, first_rank_only):
-        yield name, weight.cpu() if cpu else weight
+    weights = HfWeights(
+        chunks, provider, names=names, dtype=dtype, first_rank_only=first_rank_only, bucket_size=bucket_size
+    )
+    return ((name, weight.cpu() if cpu else weight) for name, weight in weights)

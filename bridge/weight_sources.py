@@ -17,10 +17,14 @@ from bridge.contained_path import contained_file
 from bridge.coverage import check_hf_coverage
 from bridge.errors import CheckpointError
 from bridge.hf_checkpoint import HfCheckpoint
+from bridge.hf_rows import read_rows
 from bridge.mapped_files import MappedFiles, StoredItems, copy_elements
 from bridge.mapping import Block, WeightPlan
+from bridge.quantization import QuantizedTensor
 from bridge.shards import Box, Shard, blocks_by_tensor, check_model_coverage, overlap, rows_of_block
 from bridge.torch_dist.metadata import METADATA, Chunk, TorchDistMetadata
+
+DEQUANTIZED_ELEMENTS = 16 << 20  # at a time, of which there are a few copies
 
 
 class WeightSource(Protocol):
@@ -39,11 +43,12 @@ class WeightSource(Protocol):
 class HfSource:
     """The tensors of a Hugging Face folder, in the rows that Megatron has them."""
 
-    def __init__(self, plan: WeightPlan, checkpoint: HfCheckpoint) -> None:
+    def __init__(self, plan: WeightPlan, checkpoint: HfCheckpoint, files: OpenFiles) -> None:
         check_hf_coverage(plan, checkpoint)
         self._plan = plan
         self._checkpoint = checkpoint
         self._blocks = blocks_by_tensor(plan)
+        self._files = files
         self._mapped = MappedFiles()
 
     def check(self, boxes: set[Box]) -> None:
@@ -63,11 +68,36 @@ class HfSource:
     def _copy_rows(self, target: torch.Tensor, block: Block, skip: int, columns: tuple[int, ...]) -> None:
         """Copy a block's rows from `skip` on, with the columns from `columns` on that `target` has."""
         stored = self._checkpoint.tensors[block.hf]
+        if isinstance(stored, QuantizedTensor):
+            self._copy_dequantized(target, stored, block, skip, columns)
+            return
         elements = self._mapped.elements(stored.file, stored.offset, stored.shape, stored.dtype)
         rows = rows_of_block(elements, self._plan, block)
         for axis, (offset, size) in enumerate(zip((skip, *columns), target.shape, strict=True)):
             rows = rows.narrow(axis, offset, size)
         copy_elements(target, rows, stored.dtype)
+
+    def _copy_dequantized(
+        self,
+        target: torch.Tensor,
+        stored: QuantizedTensor,
+        block: Block,
+        skip: int,
+        columns: tuple[int, ...],
+    ) -> None:
+        """Do the same for a quantised tensor, some whole rows at a time."""
+        shape, transposed = self._plan.columns(block.key, block.lead), block.hf in self._plan.transposed
+        width, step = math.prod(shape), block.hf_step
+        limit = max(1, DEQUANTIZED_ELEMENTS // width)
+        for row in range(0, target.shape[0], limit):
+            part = target[row : row + limit]
+            first = block.hf_row + (skip + row) * step
+            rows = read_rows(
+                stored, self._files, first, len(part), columns=width, step=step, transposed=transposed
+            ).view(len(part), *shape)
+            for axis, (offset, size) in enumerate(zip(columns, part.shape[1:], strict=True), 1):
+                rows = rows.narrow(axis, offset, size)
+            part.copy_(rows)
 
 
 class MegatronSource:

@@ -1,0 +1,157 @@
+"""Measures loading and exporting of live models, with the ordinary ways beside them, in one run.
+
+    python -m bridge.benchmark_live [--ranks 1,2] [--layouts tp,pp] [--layers 16] [--repeats 3] [--folder DIR]
+
+Makes a random model of Llama 3.2's width with 16 layers (1.5 billion parameters, 3 GB in bf16), its Megatron
+import, and one torchrun job for each number of ranks; on gloo, or on NCCL where there are GPUs. Prints a
+table, and as the last line one JSON object.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bridge.families import plan_weights, provider_of
+from bridge.hf_writer import TensorDescription, write_shards
+from bridge.importer import import_checkpoint
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+POOL_SIZE = 1 << 25  # random numbers, of which every tensor has a run
+
+LAYOUTS: dict[str, dict[str, int]] = {
+    "tp": {"tensor_model_parallel_size": 0},
+    "pp": {"pipeline_model_parallel_size": 0},
+}
+"""Layouts by name; 0 stands for the number of ranks."""
+
+
+def main() -> None:
+    arguments = parse(sys.argv[1:])
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-live-") as name:
+        folder = Path(name)
+        hf, megatron = make_checkpoint(folder / "hf", arguments.layers), folder / "megatron"
+        import_checkpoint(hf, megatron)
+        rows = [
+            row
+            for ranks in arguments.ranks
+            for layout in arguments.layouts
+            for row in measure(hf, megatron, ranks, layout, arguments.repeats, folder)
+        ]
+    show(rows)
+    print(json.dumps({"machine": machine(), "rows": rows, **ratios(rows)}))
+
+
+def parse(values: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("benchmark_live", description=__doc__)
+    parser.add_argument("--ranks", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2])
+    parser.add_argument("--layouts", type=lambda text: text.split(","), default=["tp", "pp"])
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=None, help="a folder on the disk to measure")
+    arguments = parser.parse_args(values)
+    if unknown := sorted(set(arguments.layouts) - set(LAYOUTS)):
+        parser.error(f"unknown layout {unknown[0]!r}: allowed are {', '.join(LAYOUTS)}")
+    return arguments
+
+
+def make_checkpoint(folder: Path, num_layers: int) -> Path:
+    """Write a random checkpoint without a model; return `folder`."""
+    folder.mkdir()
+    config = {**CONFIG, "num_hidden_layers": num_layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    pool = torch.empty(POOL_SIZE).normal_(0, 0.02, generator=torch.manual_seed(0)).bfloat16()
+    shapes = plan_weights(provider_of(config)).hf_shapes
+
+    def random(number: int, shape: tuple[int, ...]) -> torch.Tensor:
+        size = torch.Size(shape).numel()
+        return pool.roll(7919 * number).repeat(-(-size // POOL_SIZE))[:size].view(shape)
+
+    weights = ((name, random(number, shape)) for number, (name, shape) in enumerate(shapes.items()))
+    described = {name: TensorDescription(shape, "bfloat16") for name, shape in shapes.items()}
+    write_shards(folder, weights, described, "1GB")
+    return folder
+
+
+def measure(
+    hf: Path, megatron: Path, ranks: int, layout: str, repeats: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Run the job on `ranks` ranks; one rank has no layout, and is measured once."""
+    if ranks == 1 and layout != next(iter(LAYOUTS)):
+        return []
+    sizes = {name: size or ranks for name, size in LAYOUTS[layout].items()}
+    report, job = folder / "report.json", folder / "job.json"
+    config = {"hf": str(hf), "megatron": str(megatron), "layout": sizes, "repeats": repeats}
+    job.write_text(json.dumps({**config, "report": str(report)}))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    subprocess.run(
+        [sys.executable, *launcher, "-m", "bridge.job", "bridge.benchmark_live_job", str(job)],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)},
+    )
+    found = json.loads(report.read_text())["measured"]
+    return [{"ranks": ranks, "layout": layout if ranks > 1 else "-", **row} for row in found]
+
+
+def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return how many times as long the ordinary way takes, by what, ranks and layout."""
+    seconds = {(row["ranks"], row["layout"], row["what"]): row["seconds"] for row in rows}
+    return {
+        f"{what.replace(' ', '_')}_vs_{other.replace(' ', '_')}_{ranks}_{layout}": round(
+            seconds[ranks, layout, other] / value, 2
+        )
+        for (ranks, layout, what), value in seconds.items()
+        for other in (row["what"] for row in rows if row.get("beside") == what)
+        if (ranks, layout, other) in seconds
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    table = Table("ranks", "layout", "what", "seconds", "GB/s", "peak MiB", "ratio")
+    for row in rows:
+        beside = next((r for r in rows if same_job(r, row) and r["what"] == row.get("beside")), None)
+        ratio = f"{row['seconds'] / beside['seconds']:.2f}" if beside else ""
+        numbers = (
+            f"{row['seconds']:.2f}",
+            f"{row['gigabytes'] / row['seconds']:.2f}",
+            f"{row['peak_mib']:.0f}",
+        )
+        table.add_row(str(row["ranks"]), row["layout"], row["what"], *numbers, ratio)
+    Console(width=110).print(table)
+
+
+def same_job(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return (a["ranks"], a["layout"]) == (b["ranks"], b["layout"])
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores, no GPU"
+
+
+if __name__ == "__main__":
+    main()
