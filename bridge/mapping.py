@@ -74,6 +74,7 @@ counting.
 SIZES = {
     "query_size": lambda p: p.num_attention_heads * p.kv_channels,
     "key_value_size": lambda p: p.num_query_groups * p.kv_channels,
+    "expert_size": lambda p: p.moe_ffn_hidden_size or p.ffn_hidden_size,
     # of latent attention: all heads' queries; the latent and the rotated key; all heads' keys and values
     "latent_query_size": lambda p: p.num_attention_heads * (p.qk_head_dim + p.qk_pos_emb_head_dim),
     "latent_size": lambda p: p.kv_lora_rank + p.qk_pos_emb_head_dim,
@@ -319,13 +320,15 @@ class MegatronMappingRegistry:
         return plan
 
     def _add(self, plan: WeightPlan, mapping: Mapping, provider: GPTModelProvider) -> None:
+        if not (places := list(mapping.places(provider))):
+            return  # sizes of what a model does not have are unset
         shapes, pieces = mapping.hf_shapes(provider), list(mapping.pieces(provider))
         stored = {name: mapping.stored_shape(shape, provider) for name, shape in shapes.items()}
         megatron_shape = mapping.megatron_shape(provider)
         num_columns = math.prod(megatron_shape[len(mapping.lead_shape(provider)) + 1 :])
         # A fused tensor has the rows of all experts one below the other.
         skip = {n: math.prod(s) // num_columns if mapping.fused else 0 for n, s in shapes.items()}
-        for place in mapping.places(provider):
+        for place in places:
             plan.megatron_shapes[place.key] = megatron_shape
             names = {name: at_lead(name, place.numbers) for name in shapes}
             plan.hf_shapes.update({names[name]: shape for name, shape in stored.items()})
