@@ -38,18 +38,28 @@ def value_of(config: Config, key: str, default: Any) -> Any:
 
 @dataclass(frozen=True)
 class Field(ConfigRule):
-    """One key that is one field; `default` may name another key, as in "=num_attention_heads"."""
+    """One key that is one field; `default` may name another key, as in "=num_attention_heads".
+
+    `aliases` are other spellings that transformers reads as this key.
+    """
 
     key: str
     field: str
     default: Any = REQUIRED
+    aliases: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.key,)
+        return (self.key, *self.aliases)
 
     def read(self, config: Config) -> dict[str, Any]:
-        value = value_of(config, self.key, self.default)
+        given = [key for key in self.keys if key in config]
+        if any(config[key] != config[given[0]] for key in given):
+            raise UnsupportedModelError(
+                f"config.json has {given[0]} {config[given[0]]!r} but {given[1]} {config[given[1]]!r}:"
+                " the two mean the same"
+            )
+        value = value_of(config, given[0] if given else self.key, self.default)
         if isinstance(self.default, str) and self.default.startswith("=") and value in (None, self.default):
             value = value_of(config, self.default[1:], REQUIRED)
         if value is None:

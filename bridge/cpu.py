@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bridge import cpu_moe
 from bridge.job import die_with_parent
 
 CPU = torch.device("cpu")
@@ -184,4 +185,5 @@ PATCHES: tuple[Callable[[], None], ...] = (
     keep_transformer_engine_out,
     fork_result_queue,
     use_cpu_adam,
+    *cpu_moe.PATCHES,
 )

@@ -1,5 +1,9 @@
 """Rules that decoder-only families of Llama's shape share."""
 
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
 from bridge.config_rules import Carried, ConfigRule, Dtype, Field, Requires
 from bridge.mapping import (
     DirectMapping,
@@ -51,6 +55,17 @@ DECODER_CONFIG: tuple[ConfigRule, ...] = (
     Dtype(),
     WITHOUT_MEANING,
 )
+
+
+def with_defaults(rules: Iterable[ConfigRule], **defaults: Any) -> tuple[ConfigRule, ...]:
+    """Return the rules with a family's own defaults for some of their keys."""
+    return tuple(
+        dataclasses.replace(rule, default=defaults[rule.key])
+        if isinstance(rule, Field) and rule.key in defaults
+        else rule
+        for rule in rules
+    )
+
 
 MEGATRON_ATTENTION = "decoder.layers.*.self_attention"
 HF_ATTENTION = "model.layers.*.self_attn"

@@ -82,12 +82,15 @@ def finalize() -> None:
 
 def check_world_size(provider: GPTModelProvider) -> None:
     ranks = distributed.get_world_size()
-    if ranks % provider.model_parallel_size:
-        raise ConfigError(
-            f"{ranks} ranks cannot hold tensor x pipeline x context parallel sizes of"
-            f" {provider.model_parallel_size}: start a multiple of {provider.model_parallel_size} ranks"
-            " with torchrun, or choose smaller sizes"
-        )
+    for names, size in (
+        ("tensor x pipeline x context", provider.model_parallel_size),
+        ("expert x expert tensor x pipeline", provider.expert_ranks),
+    ):
+        if ranks % size:
+            raise ConfigError(
+                f"{ranks} ranks cannot hold {names} parallel sizes of {size}: start a multiple of {size}"
+                " ranks with torchrun, or choose smaller sizes"
+            )
 
 
 def running_sizes() -> dict[str, int | None]:
@@ -99,6 +102,7 @@ def running_sizes() -> dict[str, int | None]:
         ),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_size": parallel_state.get_expert_tensor_parallel_world_size(),
     }
 
 

@@ -55,6 +55,7 @@ def transformer_config(
     config = config_class(
         **{**described, **settings},
         transformer_impl="transformer_engine" if uses_transformer_engine(provider) else "local",
+        moe_grouped_gemm=provider.num_moe_experts is not None and uses_transformer_engine(provider),
         activation_func=ACTIVATIONS[provider.activation_func],
         # Megatron sums the gradients of these over tensor-parallel ranks: wrong for a norm of all heads.
         qk_layernorm=provider.qk_layernorm and provider.qk_layernorm_scope == "head",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 # A head size that is not hidden_size / heads, and a vocabulary that needs padding, on purpose.
 SIZES: dict[str, Any] = {
@@ -29,11 +30,16 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+# Weights of the usual size would leave all experts about equal.
+EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 48, "initializer_range": 0.1}
+
 # What is special to a family is switched on, so that the ordinary tests see it.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": LLAMA3_ROPE},
     "mistral": {"sliding_window": 12},
+    "mixtral": {"num_local_experts": 8, "sliding_window": 12, "initializer_range": 0.1},
     "qwen2": {"head_dim": None},  # Qwen2's config has no head_dim
+    "qwen3_moe": {**EXPERTS, "num_experts": 8, "norm_topk_prob": True, "mlp_only_layers": [1]},
 }
 
 
@@ -66,6 +72,11 @@ def _randomize_vectors(model: torch.nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+
+
+def as_stored(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors with the names of a model's parameters as its files have them, experts one by one."""
+    return revert_weight_conversion(model, dict(tensors))
 
 
 def copy_checkpoint(source: Path, destination: Path) -> Path:

@@ -1,11 +1,12 @@
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import FAMILY_SETTINGS, SIZES
+from checkpoints import FAMILY_SETTINGS, SIZES, as_stored
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bridge.config_rules import REQUIRED, Constant, Dtype, Field, Requires
@@ -45,6 +46,20 @@ LEGACY_LLAMA: dict[str, Any] = {
     "transformers_version": "4.45.0.dev0",
     "use_cache": True,
     "vocab_size": 160,
+}
+
+
+# Keys of a family's own, each with another value than the small config has.
+FAMILY_CHANGES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.5},
+    "qwen3_moe": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 80,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [0, 2],
+        "router_aux_loss_coef": 0.5,
+    },
 }
 
 
@@ -92,6 +107,7 @@ def test_every_meaningful_key_reaches_the_provider(model_type: str) -> None:
         "dtype": "float32",
         "rope_parameters": {"rope_type": "linear", "rope_theta": 5.0, "factor": 2.0},
     }
+    changes |= FAMILY_CHANGES.get(model_type, {})
     before = provider_of({k: v for k, v in config.items() if k != "layer_types"}).to_dict()
     for key, value in changes.items():
         changed = {k: v for k, v in config.items() if k != "layer_types"} | {key: value}
@@ -183,7 +199,8 @@ def test_plan_covers_exactly_the_weights_of_transformers(model_type: str, tied: 
     config = small_config(model_type, tie_word_embeddings=tied)
     plan = plan_weights(provider_of(config))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    weights = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    stored = as_stored(model, model.state_dict())
+    weights = {name: tuple(tensor.shape) for name, tensor in stored.items()}
     assert plan.tied == ({"lm_head.weight": "model.embed_tokens.weight"} if tied else {})
     for name in plan.tied:
         weights.pop(name)
@@ -195,13 +212,17 @@ def test_blocks_tile_both_ends_without_gap_or_overlap(model_type: str) -> None:
     plan = plan_weights(provider_of(small_config(model_type)))
     hf, megatron = Counter[tuple[str, int]](), Counter[tuple[Any, ...]]()
     for block in plan.blocks:
-        hf.update((block.hf, block.hf_row + row) for row in range(block.rows))
+        hf.update((block.hf, block.hf_row + row * block.hf_step) for row in range(block.rows))
         megatron.update((block.key, *block.lead, block.megatron_row + row) for row in range(block.rows))
     assert set(hf.values()) == set(megatron.values()) == {1}
-    assert hf.keys() == {(name, row) for name, shape in plan.hf_shapes.items() for row in range(shape[0])}
-    num_rows = sum(
-        shape[0] * (shape[1] if ".layers." in key else 1) for key, shape in plan.megatron_shapes.items()
-    )
+    leads = {block.key: len(block.lead) for block in plan.blocks}
+    num_columns = {block.hf: math.prod(plan.columns(block.key, block.lead)) for block in plan.blocks}
+    assert hf.keys() == {
+        (name, row)
+        for name, shape in plan.hf_shapes.items()
+        for row in range(math.prod(shape) // num_columns[name])
+    }
+    num_rows = sum(math.prod(shape[: leads[key] + 1]) for key, shape in plan.megatron_shapes.items())
     assert len(megatron) == num_rows
 
 

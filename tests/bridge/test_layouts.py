@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from process_groups import run_ranks
 
-from bridge.families import families
+from bridge.families import families, family_named
 from bridge.importer import import_checkpoint
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -15,6 +15,18 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
     "llama tied": {"family": "llama", "tie_word_embeddings": True},
 }
 LAYOUTS = ["tp2", "tp2 sequence parallel", "pp2", "pp2 vpp2", "dp2"]
+# Megatron trains experts with tensor parallelism only where the sequence is cut as well.
+EXPERT_LAYOUTS = ["tp2 sequence parallel", "pp2", "pp2 vpp2", "dp2", "ep2", "tp2 ep2"]
+
+
+def layouts_of(family: str) -> list[str]:
+    has_experts = any(rule.experts for rule in family_named(family).weights)
+    return EXPERT_LAYOUTS if has_experts else LAYOUTS
+
+
+CASES = [
+    (name, layout) for name, settings in CHECKPOINTS.items() for layout in layouts_of(settings["family"])
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,39 +34,36 @@ def measured(
     hf_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("layouts")
-    ends: dict[str, dict[str, str]] = {}
+    ends: dict[str, dict[str, Any]] = {}
     for name, settings in CHECKPOINTS.items():
         hf, megatron = hf_checkpoint(**settings), folder / name
         import_checkpoint(hf, megatron)
-        ends[name] = {"hf": str(hf), "megatron": str(megatron)}
+        layouts = layouts_of(settings["family"])
+        ends[name] = {"hf": str(hf), "megatron": str(megatron), "layouts": layouts}
     return run_ranks(2, "bridge_jobs.layouts_job", {"checkpoints": ends}, folder)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_weights_are_bitwise_those_of_the_files(
     name: str, layout: str, measured: dict[str, dict[str, Any]]
 ) -> None:
     assert measured[name][layout]["from_hf"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_megatron_loads_an_imported_checkpoint_bitwise(
     name: str, layout: str, measured: dict[str, dict[str, Any]]
 ) -> None:
     assert measured[name][layout]["from_megatron"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_gradients_agree_with_transformers(
     name: str, layout: str, measured: dict[str, dict[str, Any]]
 ) -> None:
     assert measured[name][layout]["gradients"] < 1e-4
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "pp2 vpp2"])
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(("name", "layout"), [case for case in CASES if case[1] != "pp2 vpp2"])
 def test_logits_agree_with_transformers(name: str, layout: str, measured: dict[str, dict[str, Any]]) -> None:
     assert measured[name][layout]["max_abs"] < 1e-4

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import as_stored
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -24,6 +25,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "pp2 vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "dp2": {},
+    "ep2": {"expert_model_parallel_size": 2},
+    "tp2 ep2": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "expert_model_parallel_size": 2,
+        "expert_tensor_parallel_size": 1,
+    },
 }
 # Each row of tokens and labels is a microbatch; four keep every stage of an interleaved pipeline busy.
 TOKENS, LABELS = torch.arange(2 * 4 * 16).reshape(2, 4, 1, 16) % 151
@@ -34,7 +42,8 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     """Return for each family and layout what was measured on the first rank."""
     return {
         name: {
-            layout: measure(Path(ends["hf"]), Path(ends["megatron"]), LAYOUTS[layout]) for layout in LAYOUTS
+            layout: measure(Path(ends["hf"]), Path(ends["megatron"]), LAYOUTS[layout])
+            for layout in ends["layouts"]
         }
         for name, ends in config["checkpoints"].items()
     }
@@ -59,7 +68,8 @@ def measure(hf: Path, megatron: Path, layout: dict[str, Any]) -> dict[str, Any]:
 
 def laid_out(checkpoint: HfCheckpoint, layout: dict[str, Any], dtype: str) -> GPTModelProvider:
     provider = provider_of(checkpoint.config)
-    for name, value in {**layout, "params_dtype": dtype}.items():
+    # transformers adds a loss for the balance of experts only where it is asked to
+    for name, value in {**layout, "params_dtype": dtype, "moe_aux_loss_coeff": 0.0}.items():
         setattr(provider, name, value)
     return provider
 
@@ -109,7 +119,7 @@ def gradient_difference(checkpoint: HfCheckpoint, provider: GPTModelProvider) ->
     if torch.distributed.get_rank() != 0:
         return 0.0
     expected = hf_gradients(checkpoint.path)
-    return max(((found[n] - expected[n]).abs().max() / expected[n].abs().max()).item() for n in found)
+    return max(((found[n] - expected[n]).abs().max() / expected[n].abs().max()).item() for n in expected)
 
 
 def forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
@@ -123,4 +133,4 @@ def hf_gradients(folder: Path) -> dict[str, torch.Tensor]:
     for tokens, labels in zip(TOKENS, LABELS, strict=True):
         loss = functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())
         (loss / len(TOKENS)).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    return as_stored(model, {name: parameter.grad for name, parameter in model.named_parameters()})
