@@ -12,7 +12,8 @@ from megatron.core import dist_checkpointing, parallel_state
 
 from bridge import live_checkpoint, restricted_load
 from bridge.hf_checkpoint import side_files
-from bridge.megatron_checkpoint import LATEST, copy_model, resolve_checkpoint, write_model
+from bridge.megatron_checkpoint import LATEST, write_model
+from bridge.pretrained import copy_model, resolve_pretrained
 from bridge.staging import SUFFIX, staged_folder
 from training.random_state import set_random_state, sharded_random_state
 from training.setup import Run, whole_parameters
@@ -32,7 +33,7 @@ def start_or_resume(run: Run) -> None:
     if last is not None:
         load(run, last)
     elif pretrained is not None:
-        run.source = resolve_checkpoint(Path(pretrained))
+        run.source = resolve_pretrained(Path(pretrained))
         live_checkpoint.load_checkpoint(run.model, run.source)
         run.optimizer.reload_model_params()
 
