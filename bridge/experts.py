@@ -46,8 +46,12 @@ class SparseLayers(ConfigRule):
         return {"moe_layer_freq": 1 if all(pattern) else pattern}
 
     def write(self, provider: GPTModelProvider) -> dict[str, Any]:
-        dense = [layer for layer, has_experts in enumerate(provider.moe_layers) if not has_experts]
-        return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+        sparse = [layer for layer, has_experts in enumerate(provider.moe_layers) if has_experts]
+        step = sparse[0] + 1
+        if any((layer + 1) % step for layer in sparse):
+            step = 1
+        dense = sorted(set(range(step - 1, provider.num_layers, step)) - set(sparse))
+        return {"decoder_sparse_step": step, "mlp_only_layers": dense}
 
 
 def routing_config(topk: int, aux_loss_coeff: float) -> tuple[ConfigRule, ...]:
@@ -112,3 +116,11 @@ def shared_expert_weights(name: str) -> tuple[Mapping, ...]:
             layers="moe",
         ),
     )
+
+
+SHARED_EXPERT_GATE = DirectMapping(
+    f"{MEGATRON_MLP}.shared_experts.gate_weight",
+    f"{HF_MLP}.shared_expert_gate.weight",
+    (1, "hidden_size"),
+    layers="moe",
+)

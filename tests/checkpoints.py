@@ -39,6 +39,13 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 12},
     "mixtral": {"num_local_experts": 8, "sliding_window": 12, "initializer_range": 0.1},
     "qwen2": {"head_dim": None},  # Qwen2's config has no head_dim
+    "qwen2_moe": {
+        **EXPERTS,
+        "head_dim": None,
+        "num_experts": 8,
+        "shared_expert_intermediate_size": 96,
+        "decoder_sparse_step": 2,
+    },
     "qwen3_moe": {**EXPERTS, "num_experts": 8, "norm_topk_prob": True, "mlp_only_layers": [1]},
 }
 

@@ -52,12 +52,21 @@ LEGACY_LLAMA: dict[str, Any] = {
 # Keys of a family's own, each with another value than the small config has.
 FAMILY_CHANGES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.5},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 80,
+        "shared_expert_intermediate_size": 80,
+        "norm_topk_prob": True,
+        "qkv_bias": False,
+        "router_aux_loss_coef": 0.5,
+    },
     "qwen3_moe": {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 80,
         "norm_topk_prob": False,
-        "mlp_only_layers": [0, 2],
+        "mlp_only_layers": [0, 1],
         "router_aux_loss_coef": 0.5,
     },
 }
