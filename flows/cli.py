@@ -256,9 +256,12 @@ def compare(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe: `bridgeworks recipes`.")],
-    dataset: Annotated[Path, typer.Option(help="Folder of an indexed dataset.")],
     output: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped is gone on with.")],
-    load: Annotated[Path | None, typer.Option(help="Megatron folder to start from.")] = None,
+    dataset: Annotated[
+        Path | None,
+        typer.Option(help="What `data build` made; several: `--set dataset.blend=[0.7,a,0.3,b]` in JSON."),
+    ] = None,
+    load: Annotated[Path | None, typer.Option(help="Megatron or Hugging Face folder to start from.")] = None,
     tp: Tensor = 1,
     pp: Pipeline = 1,
     dp: Annotated[int, typer.Option("--dp", min=1, max=4096, help="Copies of the model.")] = 1,

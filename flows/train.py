@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import InputError
-from bridge.megatron_checkpoint import read_model, resolve_checkpoint
+from bridge.pretrained import read_model, resolve_pretrained
 from flows.console import Progress, person_watches, print_json, print_table, progress
 from recipes.registry import recipe_named
 from tasks.launch import launch
 from tasks.spec import ParallelSpec, TrainSpec, override
 from tasks.train import resolved_config
+from training.blend import check_files, with_absolute_paths
 from training.config import ConfigContainer
 from training.metrics import read_metrics
 from training.overrides import apply_overrides
@@ -23,7 +24,7 @@ SIZES = tuple(f"model.{name}" for name in ParallelSpec.model_fields)
 def train(
     recipe: str,
     load: Path | None,
-    dataset: Path,
+    dataset: Path | None,
     output: Path,
     layout: dict[str, int],
     copies: int,
@@ -32,13 +33,14 @@ def train(
     as_json: bool,
 ) -> None:
     """Run the job and show what came of it; what `output` holds of an earlier run is gone on with."""
-    if not (dataset / "dataset.json").is_file():
-        raise InputError(f"{dataset} is no dataset folder: it has no dataset.json")
     parallel = ParallelSpec(**layout, data_parallel_size=copies)
-    start = resolve_checkpoint(load.absolute()) if load else None
+    start = resolve_pretrained(load.absolute()) if load else None
     config = make_config(recipe, start, parallel, changes)
-    config.dataset.paths = [str(dataset.absolute())]
+    if dataset is not None:
+        config.dataset.blend = [str(dataset)]
     config.validate(parallel.num_processes)
+    check_dataset(config)
+    config.dataset = with_absolute_paths(config.dataset)
     output = output.absolute()
     metrics = output / "metrics.jsonl"
     job = {
@@ -58,6 +60,15 @@ def train(
         )
     summary = {"checkpoints": job["output"], "metrics": str(metrics), **report, **losses(metrics)}
     print_json(summary) if as_json else print_table(("what", "value"), list(summary.items()))
+
+
+def check_dataset(config: ConfigContainer) -> None:
+    """Refuse data that the run could not read, before any process starts."""
+    data = config.dataset
+    if data.mock and not (data.blend or data.blend_per_split):
+        return
+    splits = ["train"] if config.train.eval_interval is None else ["train", "valid"]
+    check_files(data, splits, config.model.seq_length, config.model.vocab_size)
 
 
 def make_config(

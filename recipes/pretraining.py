@@ -27,7 +27,7 @@ def pretrain_config(
 
     `changes` are settings by the names of their fields, such as {"seq_length": 1024, "train_iters": 10};
     {"parallelism": "auto", "num_gpus": 8, "gpu": "h200"} leaves the parallel layout to
-    `training.parallel_plan`. Until `dataset.paths` names text, the run reads made-up sequences.
+    `training.parallel_plan`. Until `dataset.blend` names text, the run reads made-up sequences.
     """
     changes = dict(changes)
     planned = {name: changes.pop(name) for name in ("parallelism", "num_gpus", "gpu") if name in changes}

@@ -32,7 +32,7 @@ def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepCo
 
     config = resolved_config(spec.train, read_model(artifacts["import"].payload))
     context.run.log_params(flatten(config.to_dict()))
-    config.dataset.paths = [str(artifacts["build_dataset"].payload)]
+    config.dataset.blend = [str(artifacts["build_dataset"].payload)]
     # what Megatron works out about its samples is no part of the result
     indices = folder / "sample_indices"
     config.dataset.path_to_cache = str(indices)

@@ -63,16 +63,21 @@ class SchedulerConfig:
 
 @dataclass
 class DatasetConfig:
-    """Which indexed datasets to read: folders that `training.build_dataset` wrote, each with its splits."""
+    """Which indexed datasets to read, and in which proportions; `bridgeworks data build` makes them."""
 
-    paths: list[str] = field(default_factory=list)
-    # without paths: Megatron's made-up sequences, to see a model run before there is text for it
+    # paths, {"path": ..., "weight": ...}, or Megatron's weight, path, weight, path, ...; without weights
+    # samples are drawn in proportion to the numbers of tokens. A path is a folder of splits or a prefix.
+    blend: list[object] = field(default_factory=list)
+    # a blend for each of train, valid and test, in place of `blend`
+    blend_per_split: dict[str, object] | None = None
+    # how prefixes in `blend` are divided into train, valid and test, as "969,30,1"
+    split: str | None = None
+    # without a blend: Megatron's made-up sequences, to see a model run before there is text for it
     mock: bool = False
-    # one weight a path; None draws in proportion to the number of samples
-    weights: list[float] | None = None
     random_seed: int = 1234
+    # no loss where the model has just read the end of a document
     eod_mask_loss: bool = False
-    # where Megatron keeps its sample indices; None: below the checkpoint folder
+    # where sample indices are kept, for any number of runs; None: below the checkpoint folder
     path_to_cache: str | None = None
     num_workers: int = 0
 

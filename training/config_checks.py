@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from bridge.errors import ConfigError
+from training import blend
 
 if TYPE_CHECKING:
     from training.config import ConfigContainer
@@ -61,9 +62,7 @@ def check_schedule(config: "ConfigContainer") -> None:
 
 
 def check_data(config: "ConfigContainer") -> None:
-    weights, paths = config.dataset.weights, config.dataset.paths
-    if weights is not None and len(weights) != len(paths):
-        raise ConfigError(f"dataset.weights has {len(weights)} numbers for {len(paths)} dataset.paths")
+    blend.check_settings(config.dataset)
 
 
 def check_interleaving(config: "ConfigContainer", num_microbatches: int) -> None:

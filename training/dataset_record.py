@@ -1,4 +1,4 @@
-"""The record beside an indexed dataset: what its files are, what they were made of, whether they are whole."""
+"""The record beside an indexed dataset: its files, what they were made of, and whether they are whole."""
 
 import json
 from dataclasses import dataclass

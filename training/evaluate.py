@@ -53,7 +53,7 @@ def measure(provider: GPTModelProvider, folder: Path, config: dict[str, Any]) ->
     """Return the mean loss over the tokens of the samples, and their number."""
     dataset = build_datasets(
         DatasetConfig(
-            paths=[config["dataset"]], path_to_cache=str(Path(config["report"]).parent / SAMPLE_INDICES)
+            blend=[config["dataset"]], path_to_cache=str(Path(config["report"]).parent / SAMPLE_INDICES)
         ),
         {"test": None},
         provider.seq_length,

@@ -144,7 +144,7 @@ def build_data(run: Run) -> dict[str, Any]:
     if train.eval_interval is not None:
         sizes["valid"] = train.eval_iters * train.global_batch_size
     provider, dataset = run.config.model, run.config.dataset
-    if dataset.mock and not dataset.paths:
+    if dataset.mock and not (dataset.blend or dataset.blend_per_split):
         vocab_size = run.config.tokenizer.vocab_size or provider.vocab_size
         return data.build_mock_datasets(dataset, sizes, provider.seq_length, vocab_size)
     return data.build_datasets(dataset, sizes, provider.seq_length, provider.vocab_size)

@@ -115,7 +115,7 @@ def training_job(small_model: dict[str, Path], folder: Path, train_iters: int) -
         "scheduler.lr_warmup_iters": 2,
         "optimizer.lr": 1e-3,
         "model.seq_length": 128,
-        "dataset.paths": [str(small_model["dataset"])],
+        "dataset.blend": [str(small_model["dataset"])],
     }
     apply_overrides(config, overrides)
     return {

@@ -78,7 +78,7 @@ def tiny_config(imported: Path, dataset: Path) -> Any:
             "scheduler.lr_warmup_iters": 1,
             "checkpoint.save_interval": 3,
             "checkpoint.pretrained_checkpoint": str(imported),
-            "dataset.paths": [str(dataset)],
+            "dataset.blend": [str(dataset)],
             "mixed_precision.bf16": False,
             "logger.log_interval": 1,
         }

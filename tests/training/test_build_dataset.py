@@ -165,7 +165,7 @@ def test_too_few_documents(source, tmp_path):
 
 def test_nothing_but_blank_texts(source, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": " \\n"}\n\n')
-    with pytest.raises(InputError, match="no documents in .*a.jsonl: every text is blank"):
+    with pytest.raises(InputError, match=r"no documents in .*a.jsonl: every text is blank"):
         build_dataset(Corpus([str(tmp_path / "a.jsonl")]), str(source), tmp_path / "out")
 
 

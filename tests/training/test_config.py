@@ -15,7 +15,7 @@ def config(**overrides) -> ConfigContainer:
 
 
 def test_json_both_ways():
-    original = config(**{"dataset.paths": ["a", "b"], "dataset.weights": [1, 2], "model.window_size": [3, 0]})
+    original = config(**{"dataset.blend": [0.3, "a", 0.7, "b"], "model.window_size": [3, 0]})
     read = ConfigContainer.from_dict(json.loads(json.dumps(original.to_dict())))
     assert read == original
     assert read.to_dict() == original.to_dict()
@@ -47,7 +47,7 @@ def test_unknown_names_are_refused(value, message):
         ({"scheduler.lr_decay_style": "WSD"}, 1, "needs scheduler.lr_wsd_decay_iters"),
         ({"train.train_iters": 10, "scheduler.lr_warmup_iters": 10}, 1, "give 0 to 9"),
         ({"optimizer.min_lr": 1.0}, 1, "optimizer.min_lr is 1.0"),
-        ({"dataset.paths": ["a"], "dataset.weights": [1.0, 2.0]}, 1, "2 numbers for 1 dataset.paths"),
+        ({"dataset.blend": [["a"], [1.0, 2.0]]}, 1, "2 weights for 1 paths"),
         (
             {
                 "model.pipeline_model_parallel_size": 4,

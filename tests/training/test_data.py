@@ -1,49 +1,84 @@
+"""The batches of a run: the same for any layout, number of workers, resumption and length of the run."""
+
 import json
 
 import pytest
+from process_groups import run_ranks
 
-from bridge.errors import CheckpointError, ConfigError
+from training.build_dataset import build_dataset
 from training.config import DatasetConfig
+from training.corpus import Corpus
 from training.data import MicroBatchSampler, build_datasets
 
+SIZE = 8
+READINGS = {
+    "dp1": {},
+    "dp1 micro 4": {"micro": 4},
+    "dp2": {"dp": 2},
+    "dp2 micro 1": {"dp": 2, "micro": 1},
+    "dp2 from the middle": {"dp": 2, "steps": [4, 10]},
+    "dp1 from the middle": {"steps": [7, 10]},
+    "dp2 workers": {"dp": 2, "num_workers": 2},
+    "dp1 extended": {"total": 40 * SIZE},
+    "dp2 extended from the middle": {"dp": 2, "total": 40 * SIZE, "steps": [4, 10]},
+    "dp2 other cache": {"dp": 2, "cache": "other"},
+}
 
-def global_batches(*, size: int, micro: int, ranks: int, consumed: int, total: int = 64) -> list[set[int]]:
-    """The samples of each global batch, put together from all ranks' micro-batches."""
-    samplers = [MicroBatchSampler(total, consumed, micro, rank, ranks) for rank in range(ranks)]
-    microbatches = [index for turn in zip(*samplers, strict=True) for batch in turn for index in batch]
-    return [set(microbatches[start : start + size]) for start in range(0, len(microbatches), size)]
+
+@pytest.fixture(scope="module")
+def readings(source, tmp_path_factory):
+    """What two gloo ranks read of a blend whose parts are read more than once."""
+    folder = tmp_path_factory.mktemp("batches")
+    for name, count in (("large", 40), ("small", 12)):
+        texts = [" ".join(f"{name}{number * step}" for step in range(number)) for number in range(count)]
+        lines = [json.dumps({"text": text}) for text in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        build_dataset(Corpus([str(folder / f"{name}.jsonl")]), str(source), folder / name)
+
+    def reading(*, dp=1, micro=2, steps=(0, 10), total=10 * SIZE, num_workers=0, cache="cache"):
+        dataset = {
+            "blend": [0.6, str(folder / "large"), 0.4, str(folder / "small")],
+            "split": "1",
+            "path_to_cache": str(folder / cache),
+            "num_workers": num_workers,
+        }
+        layout = {"tensor_model_parallel_size": 2 // dp, "micro": micro}
+        return {"dataset": dataset, **layout, "size": SIZE, "steps": list(steps), "total": total}
+
+    jobs = {name: reading(**options) for name, options in READINGS.items()}
+    report = run_ranks(2, "training_jobs.global_batches", {"readings": jobs}, folder / "job")
+    assert "error" not in report, report
+    return report
+
+
+@pytest.mark.parametrize("name", list(READINGS)[1:])
+def test_global_batches_are_the_same_token_by_token(readings, name):
+    first, last = READINGS[name].get("steps", (0, 10))
+    assert readings[name] == readings["dp1"][first:last]
+    assert len(readings[name]) == last - first
+    assert {len(batch) for batch in readings[name]} == {SIZE}
+
+
+def test_batches_differ_from_one_another(readings):
+    """The judge of the tests above: nothing is compared with itself."""
+    flat = [tuple(sample) for batch in readings["dp1"] for sample in batch]
+    assert len(set(flat)) > 0.8 * len(flat)
+    assert flat != sorted(flat)
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(8, 1), (2, 1), (1, 2), (2, 4), (1, 8)])
-def test_global_batches_do_not_depend_on_the_layout(micro, ranks):
-    expected = [set(range(start, start + 8)) for start in range(24, 64, 8)]
-    assert global_batches(size=8, micro=micro, ranks=ranks, consumed=24) == expected
+def test_every_layout_takes_the_samples_in_turn(micro, ranks):
+    samplers = [MicroBatchSampler(64, 24, micro, rank, ranks) for rank in range(ranks)]
+    taken = [index for turn in zip(*samplers, strict=True) for batch in turn for index in batch]
+    assert taken == list(range(24, 64))
 
 
 def test_mistakes_are_named_before_anything_is_built(dataset, tmp_path):
-    def build(paths, splits=("train",), seq_length=32, vocab_size=300):
-        config = DatasetConfig(paths=list(map(str, paths)), path_to_cache=str(tmp_path / "cache"))
-        build_datasets(config, dict.fromkeys(splits, 8), seq_length, vocab_size)
-
-    other = tmp_path / "other"
-    other.mkdir()
-    record = json.loads((dataset / "dataset.json").read_text())
-    (other / "dataset.json").write_text(json.dumps({**record, "tokenizer": {}}))
-    short = tmp_path / "short"
-    short.mkdir()
-    (short / "dataset.json").write_text(
-        json.dumps({**record, "splits": {"train": record["splits"]["train"]}})
-    )
-    with pytest.raises(ConfigError, match="paths is empty"):
-        build([])
-    with pytest.raises(CheckpointError, match="is not a complete dataset folder"):
-        build([tmp_path])
-    with pytest.raises(ConfigError, match="made with different tokenizers"):
-        build([dataset, other])
-    with pytest.raises(ConfigError, match="has no 'valid' split"):
-        build([short], splits=("train", "valid"))
-    with pytest.raises(ConfigError, match="vocabulary of 300 tokens, the model one of 299"):
-        build([dataset], vocab_size=299)
-    with pytest.raises(ConfigError, match="too few for one sample"):
-        build([dataset], seq_length=1_000_000)
-    assert not (tmp_path / "cache").exists()
+    cache = tmp_path / "cache"
+    with pytest.raises(Exception, match="too few for one sample"):
+        build_datasets(
+            DatasetConfig(blend=[str(dataset)], path_to_cache=str(cache)), {"train": 1}, 1_000_000, 300
+        )
+    with pytest.raises(Exception, match="says where sample indices go"):
+        build_datasets(DatasetConfig(blend=[str(dataset)]), {"train": 1}, 32, 300)
+    assert not cache.exists()

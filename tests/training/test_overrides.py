@@ -12,14 +12,14 @@ from training.overrides import apply_overrides
             "train.train_iters": 20,
             "optimizer.lr": 1,
             "train.eval_interval": None,
-            "dataset.paths": ["1"],
+            "profiling.profile_ranks": [1],
             "checkpoint.save": "7",
         },
         [
             "train.train_iters=20",
             "optimizer.lr=1",
             "train.eval_interval=null",
-            'dataset.paths=["1"]',
+            "profiling.profile_ranks=[1]",
             "checkpoint.save=7",
         ],
     ],
@@ -30,7 +30,7 @@ def test_values_get_the_type_of_their_field(overrides):
     assert config.optimizer.lr == 1.0
     assert isinstance(config.optimizer.lr, float)
     assert config.train.eval_interval is None
-    assert config.dataset.paths == ["1"]
+    assert config.profiling.profile_ranks == [1]
     assert config.checkpoint.save == "7"
 
 
@@ -47,8 +47,8 @@ def test_values_get_the_type_of_their_field(overrides):
         ("train.train_iters=null", "expected int"),
         ("train.eval_interval=x", "expected int or null"),
         ("mixed_precision.bf16=1", "expected bool"),
-        ("dataset.paths=a", r"expected list\[str\]"),
-        ("dataset.paths=[1]", r"expected list\[str\]"),
+        ("dataset.blend=a", r"expected list\[object\]"),
+        ("profiling.profile_ranks=[true]", r"expected list\[int\]"),
     ],
 )
 def test_mistakes_are_named(override, message):

@@ -75,8 +75,10 @@ def runs(tiny_config, source, imported, dataset, folder):
         {
             "checkpoint.pretrained_checkpoint": None,
             "tokenizer.tokenizer_model": str(source),
-            "dataset.paths": [str(dataset), str(copied)],
-            "dataset.weights": [0.3, 0.7],
+            "dataset.blend": [
+                {"path": str(dataset), "weight": 0.3},
+                {"path": str(copied), "weight": 0.7},
+            ],
         },
     )
     evaluation = {"dataset": str(dataset), "seq_length": 32, "num_batches": 16}
