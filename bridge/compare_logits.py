@@ -20,7 +20,7 @@ import torch
 from bridge import distributed, live_checkpoint
 from bridge.compare_configs import describe
 from bridge.differences import Differences, by_layer, summarize, write_table
-from bridge.gates import judge_hidden_states, judge_logits, thresholds_for
+from bridge.gates import HIDDEN_THRESHOLDS, case_of, check_dtype, judge_hidden_states, judge_logits
 from bridge.logits import load_hf
 from bridge.megatron_checkpoint import is_megatron_checkpoint, resolve_checkpoint
 from bridge.prompts import Prompts, prompts_of
@@ -38,7 +38,7 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     `table` and `layers_table` name files for the rows; `scratch` a folder that all ranks see.
     """
     started = time.monotonic()
-    thresholds_for(config["dtype"])
+    check_dtype(config["dtype"])
     if config["dtype"] == "float32":
         # Transformer Engine multiplies float32 matrices in TF32, whose 11 bits no float32 gate lets pass.
         os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
@@ -66,11 +66,13 @@ def compared(config: dict[str, Any], layout: GPTModelProvider) -> dict[str, Any]
         complaints += run_end(b, prompts, layout, differences.compare)
         torch.distributed.barrier()  # before the folder is removed
     positions, layers = (of_all_ranks(rows) for rows in (differences.positions, differences.layers))
-    return judged(config, complaints, positions, layers) if torch.distributed.get_rank() == 0 else {}
+    case = case_of(config["dtype"], models[0].num_moe_experts is not None)
+    return judged(config, case, complaints, positions, layers) if torch.distributed.get_rank() == 0 else {}
 
 
 def judged(
     config: dict[str, Any],
+    case: str,
     complaints: list[str],
     positions: list[dict[str, Any]],
     layers: list[dict[str, Any]],
@@ -79,8 +81,8 @@ def judged(
     write_table(positions, config.get("table"))
     write_table(layers, config.get("layers_table"))
     return {
-        "gate": judge_logits(summarize(positions), config["dtype"]),
-        "hidden_states": judge_hidden_states(by_layer(layers), config["dtype"]),
+        "gate": judge_logits(summarize(positions), case),
+        "hidden_states": judge_hidden_states(by_layer(layers, HIDDEN_THRESHOLDS[case].metric), case),
         "reload": {
             "passed": not complaints,
             "metrics": {"complaints": len(complaints)},

@@ -99,13 +99,13 @@ def summarize(rows: list[Row]) -> LogitsMetrics:
     )
 
 
-def by_layer(rows: list[Row]) -> list[float]:
-    """Return the largest relative difference of each layer over all prompts, from layer 0 on."""
+def by_layer(rows: list[Row], metric: str) -> list[float]:
+    """Return the largest value of each layer over all prompts, from layer 0 on."""
     columns = torch.full((1 + max(row["layer"] for row in rows),), -1.0, dtype=torch.float64)
     for row in rows:
         # torch's maximum lets a NaN win, Python's does not
         columns[row["layer"]] = torch.maximum(
-            columns[row["layer"]], torch.tensor(row["relative"], dtype=torch.float64)
+            columns[row["layer"]], torch.tensor(row[metric], dtype=torch.float64)
         )
     assert (columns != -1).all(), "a layer was seen by no rank"
     return columns.tolist()

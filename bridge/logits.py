@@ -10,6 +10,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from bridge.distributed import device
+from bridge.errors import GateError
+from bridge.hf_checkpoint import read_config
 from bridge.prompts import Prompts
 from bridge.provider import GPTModelProvider
 
@@ -22,22 +24,40 @@ class Loaded(NamedTuple):
 
 
 def load_hf(folder: Path, dtype: str) -> Loaded:
-    """Load a Hugging Face folder by transformers in `dtype`, on this rank's device."""
+    """Load a Hugging Face folder by transformers in `dtype`, on this rank's device.
+
+    What transformers cannot load, for whatever reason, is a GateError.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, dtype),
-        attn_implementation="eager",  # the plain formula, which defines what the model says
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",  # the plain formula, which defines what the model says
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **dequantization(folder),
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:500]
+        raise GateError(f"transformers cannot load {folder}: {type(error).__name__}: {reason}") from error
     complaints = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys")}
     return Loaded(model.eval().to(device()), complaints)
+
+
+def dequantization(folder: Path) -> dict[str, Any]:
+    """Return what makes transformers compute with the weights that quantised ones stand for."""
+    settings = read_config(folder).get("quantization_config")
+    if settings is None:
+        return {}
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    return {"quantization_config": AutoQuantizationConfig.from_dict({**settings, "dequantize": True})}
 
 
 @torch.no_grad()

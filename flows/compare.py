@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from bridge.errors import InputError
-from bridge.gates import place_of, thresholds_for
+from bridge.gates import check_dtype, place_of
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.job import write_json
 from bridge.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
@@ -41,7 +41,7 @@ def compare(
     """Run the gates, show their verdicts and end with exit code 1 if one failed."""
     a, b = a.absolute(), b.absolute()
     for dtype in dtypes:
-        thresholds_for(dtype)
+        check_dtype(dtype)
     for end in (a, b):
         check_end(end)
     with tempfile.TemporaryDirectory(prefix="bridgeworks-compare-") as temporary:

@@ -28,9 +28,9 @@ def draw_differences(
     shares = positions.assign(share=positions["max_abs"] / scale)
     _lines(left, shares, "position", "share", gates["logits"]["thresholds"]["max_abs"] / scale)
     left.set(title="Logits", xlabel="position", ylabel="largest difference / largest logit")
-    bound = gates["hidden_states"]["thresholds"]["relative"]
-    _lines(right, layers, "layer", "relative", bound, marker="o")
-    right.set(title="Hidden states", xlabel="layer (0: before the first)", ylabel="largest relative distance")
+    [(metric, bound)] = gates["hidden_states"]["thresholds"].items()
+    _lines(right, layers, "layer", metric, bound, marker="o")
+    right.set(title="Hidden states", xlabel="layer (0: before the first)", ylabel="relative distance")
     right.xaxis.get_major_locator().set_params(integer=True)
     if (parts_at := gates["hidden_states"]["parts_at"]) is not None:
         right.axvline(parts_at, color="tab:red", linewidth=1, label=f"parts at {parts_at}")
