@@ -35,6 +35,17 @@ EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 48, "initializer_r
 
 # What is special to a family is switched on, so that the ordinary tests see it.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "glm4_moe": {
+        **EXPERTS,
+        "n_routed_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        # transformers neither makes nor loads these
+        "num_nextn_predict_layers": 0,
+    },
     "llama": {"rope_parameters": LLAMA3_ROPE},
     "mistral": {"sliding_window": 12},
     "mixtral": {"num_local_experts": 8, "sliding_window": 12, "initializer_range": 0.1},
@@ -69,16 +80,31 @@ def make_hf_checkpoint(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
         _randomize_vectors(model)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    _cast(model, getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
     return Path(folder)
 
 
 def _randomize_vectors(model: torch.nn.Module) -> None:
     """Give norms and biases values of their own: a swap of two that are all ones goes unseen."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 or name.endswith("bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
+        for bias in _float32_biases(model).values():
+            bias.add_(0.2 * torch.randn_like(bias))
+
+
+def _float32_biases(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the biases for the choice of experts, which releases have in float32 whatever the rest is."""
+    return {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
+
+
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    kept = {name: bias.clone() for name, bias in _float32_biases(model).items()}
+    model.to(dtype)
+    for name, bias in kept.items():
+        model.get_buffer(name).data = bias
+    return model
 
 
 def as_stored(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -51,6 +51,19 @@ LEGACY_LLAMA: dict[str, Any] = {
 
 # Keys of a family's own, each with another value than the small config has.
 FAMILY_CHANGES: dict[str, dict[str, Any]] = {
+    "glm4_moe": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 80,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 0,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.0,
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "num_nextn_predict_layers": 1,
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.5},
     "qwen2_moe": {
         "num_experts": 4,
