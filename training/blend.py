@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.errors import ConfigError
 from training.dataset_record import Dataset, find_dataset
-from training.indexed_files import open_indexed
 
 if TYPE_CHECKING:
     from training.config import DatasetConfig
@@ -206,5 +205,7 @@ def _part(dataset: Dataset, weight: float | None, split: str, bounds: tuple[floa
     begin, end = (round(bound * float(record["documents"])) for bound in bounds)
     tokens = record["tokens"]
     if (begin, end) != (0, record["documents"]):
+        from training.indexed_files import open_indexed  # numpy, which a config alone needs not
+
         tokens = int(open_indexed(prefix).lengths[begin:end].sum(dtype="i8"))
     return Part(prefix, record["sha256"][f"{prefix.name}.idx"], begin, end, tokens, weight or float(tokens))

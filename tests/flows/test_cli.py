@@ -15,6 +15,7 @@ PROGRAM = str(Path(sys.executable).with_name("bridgeworks"))
 COMMANDS = (
     *("demo", "release", "plan", "import", "export", "compare", "train", "families", "recipes", "doctor"),
     *("audit", "audit verify", "audit show", "audit diff"),
+    *("data", "data build", "data inspect", "data adopt"),
 )
 HEAVY = ("torch", "prefect", "mlflow", "pandas", "transformers", "megatron", "numpy", "matplotlib", "fsspec")
 
@@ -90,7 +91,9 @@ def test_wrong_usage_is_bad_input(arguments: tuple[str, ...]) -> None:
 
 def test_families_and_recipes_for_scripts() -> None:
     families = json.loads(run("families", "--json").stdout)
-    assert {"llama", "mistral", "qwen2", "qwen3"} <= {family["model_type"] for family in families}
+    checks = {family["model_type"]: family["checks"] for family in families}
+    assert {"llama", "mistral", "qwen2", "qwen3"} <= set(checks)
+    assert {"config", "weights", "tp2", "pp2"} <= set(checks["llama"])
     recipes = json.loads(run("recipes", "--json").stdout)
     assert "llama32_1b_pretrain_config" in recipes
 

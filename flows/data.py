@@ -1,0 +1,116 @@
+"""`bridgeworks data`: the command's own options; each command imports what it needs itself."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Build, look at and adopt datasets of tokens.", rich_markup_mode="markdown", no_args_is_help=True
+)
+
+
+class OnError(StrEnum):
+    """What a document that cannot be used does to a build."""
+
+    FAIL = "fail"
+    SKIP = "skip"
+
+
+class Format(StrEnum):
+    """How documents lie in a file."""
+
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+    TEXT = "text"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead, for scripts.")]
+Tokenizer = Annotated[Path, typer.Option(help="Hugging Face folder with the tokenizer.")]
+
+
+@app.command()
+def build(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Files, folders, globs or URLs (s3://...) of text."),
+    ],
+    output: Annotated[
+        Path, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json; with --split a folder.")
+    ],
+    tokenizer: Tokenizer,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Fractions of train, valid, test, such as 0.98,0.01,0.01, chosen by document."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")] = None,
+    text_key: Annotated[str, typer.Option(help="Key of a JSON line, or column, with the text.")] = "text",
+    append_eod: Annotated[bool, typer.Option(help="End every document with the tokenizer's eos.")] = True,
+    format: Annotated[
+        Format | None, typer.Option(help="What the files are; by default their suffix tells.")
+    ] = None,
+    on_error: Annotated[
+        OnError, typer.Option(help="Stop at a document that cannot be used, or leave it out and count it.")
+    ] = OnError.FAIL,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave out files and folders of this name; may be repeated.")
+    ] = None,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="Read no more text than this.")] = None,
+    json: Json = False,
+) -> None:
+    """Turn text (JSONL, Parquet, also .gz and .zst, or plain) into a Megatron indexed dataset, in parallel.
+
+    Started again after it was stopped or killed, it goes on. Example: `bridgeworks data build corpus/*.jsonl
+    --output data/corpus --tokenizer llama-1b`
+    """
+    from flows.build_data import build_data
+
+    settings = {
+        "inputs": inputs,
+        "exclude": exclude or [],
+        "max_bytes": max_bytes,
+        "text_key": text_key,
+        "format": format,
+        "append_eod": append_eod,
+        "on_error": on_error,
+        "workers": workers,
+    }
+    build_data(settings, output, tokenizer, split, as_json=json)
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[
+        Path, typer.Argument(metavar="PREFIX", help="Prefix of a dataset or folder of splits.")
+    ],
+    documents: Annotated[int, typer.Option(min=0, help="Show so many documents of each split.")] = 2,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Show their text with this tokenizer, not token ids.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Read the files and compare their digests.")] = True,
+    json: Json = False,
+) -> None:
+    """Show what a dataset holds and check its files; exit code 1 if one is not what its record says."""
+    from flows.build_data import show_data
+
+    if show_data(dataset, documents, tokenizer, verify, as_json=json):
+        raise typer.Exit(1)
+
+
+@app.command()
+def adopt(
+    prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="Of .bin and .idx files.")],
+    tokenizer: Tokenizer,
+    json: Json = False,
+) -> None:
+    """Describe an indexed dataset that another program made, such as Megatron's preprocess_data.py."""
+    from flows.console import print_json
+    from training.inspect_dataset import adopt as write_record
+
+    record = write_record(prefix, tokenizer)
+    counts = record["splits"][prefix.name]
+    if json:
+        print_json(record)
+    else:
+        print(f"{prefix}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
