@@ -67,6 +67,11 @@ def with_defaults(rules: Iterable[ConfigRule], **defaults: Any) -> tuple[ConfigR
     )
 
 
+def without(rules: Iterable[ConfigRule], *keys: str) -> tuple[ConfigRule, ...]:
+    """Return the rules but those of the named keys, which a family spells or means otherwise."""
+    return tuple(rule for rule in rules if not set(rule.keys) & set(keys))
+
+
 MEGATRON_ATTENTION = "decoder.layers.*.self_attention"
 HF_ATTENTION = "model.layers.*.self_attn"
 
@@ -152,3 +157,13 @@ QK_NORM = (
         f"{MEGATRON_ATTENTION}.k_layernorm.weight", f"{HF_ATTENTION}.k_norm.weight", ("kv_channels",)
     ),
 )
+
+ALL_HEADS_QK_NORM = (
+    DirectMapping(
+        f"{MEGATRON_ATTENTION}.q_layernorm.weight", f"{HF_ATTENTION}.q_norm.weight", ("query_size",)
+    ),
+    DirectMapping(
+        f"{MEGATRON_ATTENTION}.k_layernorm.weight", f"{HF_ATTENTION}.k_norm.weight", ("key_value_size",)
+    ),
+)
+"""The same over all heads of a layer at once, `qk_layernorm_scope` "layer"."""

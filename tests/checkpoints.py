@@ -49,6 +49,7 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": LLAMA3_ROPE},
     "mistral": {"sliding_window": 12},
     "mixtral": {"num_local_experts": 8, "sliding_window": 12, "initializer_range": 0.1},
+    "olmoe": {**EXPERTS, "head_dim": None, "moe_intermediate_size": None, "num_experts": 8},
     "qwen2": {"head_dim": None},  # Qwen2's config has no head_dim
     "qwen2_moe": {
         **EXPERTS,

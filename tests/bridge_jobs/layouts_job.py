@@ -130,6 +130,7 @@ def forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, An
 
 def hf_gradients(folder: Path) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.get_input_embeddings().padding_idx = None  # in training there is no padding
     for tokens, labels in zip(TOKENS, LABELS, strict=True):
         loss = functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())
         (loss / len(TOKENS)).backward()
