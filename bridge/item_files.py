@@ -1,7 +1,6 @@
 """The `.distcp` files of an import: where each chunk lies in them, and their writing."""
 
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from bridge.byte_copy import (
     ProgressCounter,
     ThreadBuffer,
     copy_range,
+    crc32,
     for_each,
     write_from,
 )
@@ -106,7 +106,7 @@ class ItemWriter:
                         position += part.nbytes
                     else:
                         for data in self._computed_bytes(part, piece, sources, size):
-                            crc = zlib.crc32(data, crc)
+                            crc = crc32(data, crc)
                             write_from(target, data, position)
                             position += len(data)
                 write_from(target, item.head(crc), item.start)
