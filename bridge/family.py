@@ -20,6 +20,8 @@ class Family:
     """Released models that the family is meant for, for people to read."""
     config: tuple[ConfigRule, ...]
     weights: MegatronMappingRegistry
+    needs_gpu: tuple[str, ...] = ()
+    """Those of `bridge.family_checks` that no CPU can run: only Transformer Engine has the modules."""
 
     def provider(self, config: dict[str, Any]) -> GPTModelProvider:
         """Read a Hugging Face config; a key that no rule consumes is an UnsupportedModelError.

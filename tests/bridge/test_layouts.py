@@ -7,21 +7,20 @@ from typing import Any
 import pytest
 from process_groups import run_ranks
 
+from bridge import family_checks
 from bridge.families import families, family_named
+from bridge.family_checks import CPU, checks_of
 from bridge.importer import import_checkpoint
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     **{name: {"family": name} for name in families()},
     "llama tied": {"family": "llama", "tie_word_embeddings": True},
 }
-LAYOUTS = ["tp2", "tp2 sequence parallel", "pp2", "pp2 vpp2", "dp2"]
-# Megatron trains experts with tensor parallelism only where the sequence is cut as well.
-EXPERT_LAYOUTS = ["tp2 sequence parallel", "pp2", "pp2 vpp2", "dp2", "ep2", "tp2 ep2"]
 
 
-def layouts_of(family: str) -> list[str]:
-    has_experts = any(rule.experts for rule in family_named(family).weights)
-    return EXPERT_LAYOUTS if has_experts else LAYOUTS
+def layouts_of(name: str) -> list[str]:
+    family = family_named(name)
+    return [layout for layout in family_checks.layouts_of(family) if checks_of(family)[layout] == CPU]
 
 
 CASES = [
