@@ -158,7 +158,7 @@ QK_NORM = (
     ),
 )
 
-ALL_HEADS_QK_NORM = (
+QK_NORM_OF_ALL = (
     DirectMapping(
         f"{MEGATRON_ATTENTION}.q_layernorm.weight", f"{HF_ATTENTION}.q_norm.weight", ("query_size",)
     ),

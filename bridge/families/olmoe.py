@@ -2,12 +2,12 @@
 
 from bridge.config_rules import Constant, Field, HeadDim, Requires, Rope
 from bridge.decoder import (
-    ALL_HEADS_QK_NORM,
     ATTENTION,
     BUFFERS,
     DECODER_CONFIG,
     EMBEDDING,
     OUTPUT,
+    QK_NORM_OF_ALL,
     with_defaults,
 )
 from bridge.experts import NormalizedWeights, expert_weights, routing_config
@@ -31,6 +31,6 @@ FAMILY = Family(
         Requires("clip_qkv", (None,)),
     ),
     weights=MegatronMappingRegistry(
-        EMBEDDING, *ATTENTION, *ALL_HEADS_QK_NORM, *expert_weights(), *OUTPUT, buffers=BUFFERS
+        EMBEDDING, *ATTENTION, *QK_NORM_OF_ALL, *expert_weights(), *OUTPUT, buffers=BUFFERS
     ),
 )
