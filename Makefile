@@ -13,7 +13,7 @@ export UV_COMPILE_BYTECODE := 1
 export UV_LINK_MODE := copy
 export DO_NOT_TRACK := 1
 
-.PHONY: help demo test test-slow check lock clean
+.PHONY: help demo test test-slow bench-convert check lock clean
 
 help:                   ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,6 +26,9 @@ test: $(ENVIRONMENT)    ## run the tests (those marked slow or gpu are left out)
 
 test-slow: $(ENVIRONMENT)  ## run the slow tests
 	$(RUN)/pytest -m "slow and not gpu"
+
+bench-convert: $(ENVIRONMENT)  ## measure conversions of a model of 3 GB against a copy of its files
+	$(RUN)/python -m flows.benchmark_conversion
 
 check: $(ENVIRONMENT)   ## format, lint, import contracts, types
 	$(RUN)/ruff format --check .

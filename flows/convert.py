@@ -1,4 +1,7 @@
-"""`bridgeworks import` and `bridgeworks export`: conversions with progress, from folders and addresses."""
+"""`bridgeworks import` and `bridgeworks export`: conversions with progress, from folders and addresses.
+
+Each imports its own half, and only when it runs: a small model is converted in less time than Python starts.
+"""
 
 import shutil
 from pathlib import Path
@@ -6,8 +9,6 @@ from typing import Any
 
 from bridge.conversion import Conversion
 from bridge.errors import InputError
-from bridge.exporter import export_checkpoint
-from bridge.importer import import_checkpoint
 from flows.console import progress
 
 
@@ -16,6 +17,8 @@ def import_from(hf: str, megatron: Path, **options: Any) -> Conversion:
 
     One that is not in a folder here is fetched beside the result first.
     """
+    from bridge.importer import import_checkpoint
+
     if "://" not in hf:
         with progress("importing") as show:
             return import_checkpoint(hf, megatron, progress=show, **options)
@@ -34,5 +37,7 @@ def import_from(hf: str, megatron: Path, **options: Any) -> Conversion:
 
 def export_to(megatron: Path, hf: Path, **options: Any) -> Conversion:
     """Export a checkpoint, with `export_checkpoint`'s options."""
+    from bridge.exporter import export_checkpoint
+
     with progress("exporting") as show:
         return export_checkpoint(megatron, hf, progress=show, **options)

@@ -28,6 +28,9 @@ def families() -> dict[str, Family]:
 
 def family_named(model_type: str) -> Family:
     """Return the family of a `model_type`, or raise UnsupportedModelError."""
+    # One of ours needs no look at the others: a conversion starts in a fraction of the time.
+    if model_type in {module.name for module in pkgutil.iter_modules(__path__)}:
+        return importlib.import_module(f"{__name__}.{model_type}").FAMILY
     if model_type not in families():
         raise UnsupportedModelError(
             f"unknown model_type {model_type!r}: known are {', '.join(families())}"
