@@ -25,7 +25,10 @@ class DenseFirst(ConfigRule):
         num_layers = value_of(config, "num_hidden_layers", None)
         dense = config.get("first_k_dense_replace", self.dense)
         if dense >= num_layers:
-            return {"num_moe_experts": None, "moe_layer_freq": 1}
+            raise UnsupportedModelError(
+                f"config.json has first_k_dense_replace {dense} and num_hidden_layers {num_layers}: no"
+                " layer has experts"
+            )
         pattern = [int(layer >= dense) for layer in range(num_layers)]
         experts = config.get("n_routed_experts", self.experts)
         return {"num_moe_experts": experts, "moe_layer_freq": pattern if dense else 1}
@@ -37,8 +40,7 @@ class DenseFirst(ConfigRule):
                 f"model.moe_layer_freq is {provider.moe_layer_freq}: in a {provider.hf_model_type!r} model"
                 " the dense layers come first"
             )
-        experts = {} if provider.num_moe_experts is None else {"n_routed_experts": provider.num_moe_experts}
-        return {"first_k_dense_replace": dense, **experts}
+        return {"first_k_dense_replace": dense, "n_routed_experts": provider.num_moe_experts}
 
 
 @dataclass(frozen=True)
