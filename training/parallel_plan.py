@@ -19,6 +19,8 @@ USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers a
 MIN_TOKENS_A_RANK = 4096  # a shorter piece of a sequence is not worth splitting it
 EXPOSED = 0.2  # share of gradient and weight messages that the backward pass does not hide
 MICRO_BATCH_SIZES = (1, 2, 4)
+# An expert's product over as few tokens runs at half of a layer's speed: a guess, not measured.
+HALF_SPEED_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,10 @@ def seconds(config: ConfigContainer, num_gpus: int, gpu: Gpu, size: ModelSize) -
     tokens = config.train.global_batch_size * model.seq_length / num_gpus
     speed = (gpu.fp8 if config.mixed_precision.fp8 and gpu.fp8 else gpu.bf16) * 1e12
     recomputed = 4 / 3 if model.recompute_granularity == "full" else 1
-    compute = recomputed * tokens * flops_per_token(model).training / speed
+    flops = flops_per_token(model)
+    experts = 3 * flops.mlp * sum(model.moe_layers) / model.num_layers
+    slowed = flops.training + experts * HALF_SPEED_TOKENS / tokens_per_expert(config)
+    compute = recomputed * tokens * slowed / speed
     chunks = model.virtual_pipeline_model_parallel_size or 1
     idle_steps = (model.pipeline_model_parallel_size - 1) / chunks
     return {
@@ -209,6 +214,15 @@ def seconds(config: ConfigContainer, num_gpus: int, gpu: Gpu, size: ModelSize) -
         "bubble": compute * idle_steps / config.num_microbatches(num_gpus),
         **messages(config, num_gpus, gpu, size),
     }
+
+
+def tokens_per_expert(config: ConfigContainer) -> float:
+    """Return how many tokens of a microbatch one product of an expert has, from all ranks that share it."""
+    model = config.model
+    tokens = config.train.micro_batch_size * model.seq_length / model.context_parallel_size
+    if model.expert_tensor_parallel_size == 1:
+        tokens *= model.expert_model_parallel_size / model.tensor_model_parallel_size
+    return tokens * model.moe_router_topk / (model.num_moe_experts or 1)
 
 
 def messages(config: ConfigContainer, num_gpus: int, gpu: Gpu, size: ModelSize) -> dict[str, float]:

@@ -1,9 +1,11 @@
+import math
 import subprocess
 import sys
 
 import pytest
 
 from bridge.errors import ConfigError
+from bridge.families import plan_weights
 from recipes.registry import all_recipes, recipe_named
 
 # billions of parameters as the models' cards say
@@ -23,6 +25,8 @@ SIZES = {
     "qwen3_600m": 0.596,
     "qwen3_8b": 8.19,
     "qwen3_32b": 32.8,
+    "qwen3_30b_a3b": 30.5,
+    "qwen3_235b_a22b": 235.1,
 }
 PRETRAINING = [name for name in all_recipes() if name != "continued_pretrain_config"]
 
@@ -35,13 +39,8 @@ def test_recipe_is_complete_and_possible(name):
 
 @pytest.mark.parametrize(("model", "billions"), SIZES.items())
 def test_sizes_are_those_of_the_released_models(model, billions):
-    provider = all_recipes()[f"{model}_pretrain_config"]().model
-    heads, groups = provider.num_attention_heads, provider.num_query_groups
-    attention = provider.hidden_size * provider.kv_channels * (2 * heads + 2 * groups)
-    layer = attention + 3 * provider.hidden_size * provider.ffn_hidden_size
-    embeddings = 1 if provider.share_embeddings_and_output_weights else 2
-    total = provider.num_layers * layer + embeddings * provider.vocab_size * provider.hidden_size
-    assert total / 1e9 == pytest.approx(billions, rel=0.005)
+    shapes = plan_weights(all_recipes()[f"{model}_pretrain_config"]().model).megatron_shapes
+    assert sum(map(math.prod, shapes.values())) / 1e9 == pytest.approx(billions, rel=0.005)
 
 
 def test_recipes_do_not_share_what_one_changes():
