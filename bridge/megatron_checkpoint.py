@@ -28,7 +28,14 @@ HF_FOLDER = "hf"
 LATEST = "latest_checkpointed_iteration.txt"
 
 # What training saves beside the model: optimizer, one or several in a chain, and the states of its run.
-TRAINING_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "opt_param_scheduler")
+TRAINING_STATE = (
+    "optimizer.",
+    "chained_",
+    "rng_state",
+    "fp8_state",
+    "rerun_state_machine",
+    "opt_param_scheduler",
+)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,17 @@ from megatron.core import dist_checkpointing, parallel_state
 from bridge import live_checkpoint, restricted_load
 from bridge.hf_checkpoint import side_files
 from bridge.megatron_checkpoint import LATEST, write_model
+from bridge.pipeline_split import COUNTED, UNEVEN
 from bridge.pretrained import copy_model, resolve_pretrained
 from bridge.staging import SUFFIX, staged_folder
+from training import fp8_state
 from training.random_state import set_random_state, sharded_random_state
 from training.setup import Run, whole_parameters
 
 RUN_CONFIG = "run_config.json"
 REMOVED = ".removed"
+DELAYED = "delayed"
+SPLIT_FIELDS = ("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout", *UNEVEN, *COUNTED)
 BYTES_PER_PARAMETER = 16  # the weight, its fp32 master and two fp32 moments, at most
 # every optimizer tensor has the shape of its parameter, so that any layout can load it
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -88,14 +92,19 @@ def save(run: Run) -> Path:
 def load(run: Run, folder: Path) -> None:
     """Go on from `folder`: bit for bit in the layout that wrote it, within rounding in any other."""
     requested = state_of(run, is_loading=True)
-    if restricted_load.load_common(folder)["layout"] != layout():
+    saved = restricted_load.load_common(folder)
+    if saved["layout"] != layout():
         del requested["rng_state"]  # one for each rank, and there are other ranks now
+    if fp8_state.KEY in requested and (saved["layout"] != layout() or saved.get("split") != split(run)):
+        del requested[fp8_state.KEY]  # the modules' scaling starts anew, and is right after one micro-batch
     state = restricted_load.load(requested, folder)
     live_checkpoint.load_model_state(run.model, state)
     run.optimizer.load_state_dict(state["optimizer"])
     run.scheduler.load_state_dict(state["opt_param_scheduler"])
     if "rng_state" in state:
         set_random_state(state["rng_state"])
+    if fp8_state.KEY in state:
+        fp8_state.load_fp8_state(run.model, state[fp8_state.KEY])
     run.iteration, run.consumed_samples = state["iteration"], state["consumed_samples"]
     run.source = folder
 
@@ -103,8 +112,11 @@ def load(run: Run, folder: Path) -> None:
 def state_of(run: Run, *, is_loading: bool) -> dict[str, Any]:
     """Return all that a run goes on from, as Megatron's sharded state dict."""
     weights = live_checkpoint.model_state(run.model)
+    precision = run.config.mixed_precision
+    delayed = precision.fp8 is not None and precision.fp8_recipe == DELAYED
     return {
         **weights,
+        **({fp8_state.KEY: fp8_state.sharded_fp8_state(run.model), "split": split(run)} if delayed else {}),
         "optimizer": run.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=METADATA),
         "opt_param_scheduler": run.scheduler.state_dict(),
         "rng_state": sharded_random_state(),
@@ -120,6 +132,11 @@ def layout() -> dict[str, int]:
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
     }
+
+
+def split(run: Run) -> list[Any]:
+    """Return what decides which layers a pipeline stage has."""
+    return [getattr(run.config.model, name) for name in SPLIT_FIELDS]
 
 
 def describe(run: Run, folder: Path) -> None:

@@ -19,6 +19,11 @@ def sharded_random_state() -> ShardedObject:
         "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
+    return sharded_by_rank("rng_state", state)
+
+
+def sharded_by_rank(key: str, state: Any) -> ShardedObject:
+    """Return an object of each pipeline and tensor rank, equal on its data-parallel ranks."""
     shape = (
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
@@ -28,7 +33,7 @@ def sharded_random_state() -> ShardedObject:
         parallel_state.get_tensor_model_parallel_rank(),
     )
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    return ShardedObject("rng_state", state, shape, offset, replica_id=replica)
+    return ShardedObject(key, state, shape, offset, replica_id=replica)
 
 
 def set_random_state(state: dict[str, Any]) -> None:
