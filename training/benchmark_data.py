@@ -14,18 +14,21 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
-from transformers import PreTrainedTokenizerBase
-
-from training.build_dataset import Options, build_dataset, load_tokenizer
 from training.corpus import Corpus
 
+# Workers import this module, as the program's main one, and would wait for torch: functions import it.
 
-def plain_build(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, prefix: Path, *, append_eod: bool = True
-) -> int:
+
+def plain_build(texts: Iterable[str], tokenizer: Any, prefix: Path, *, append_eod: bool = True) -> int:
     """Write the indexed dataset `prefix` document by document and return its number of tokens."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import (
+        DType,
+        IndexedDatasetBuilder,
+        get_bin_path,
+        get_idx_path,
+    )
+
     dtype = DType.optimal_dtype(len(tokenizer))
     builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=dtype)
     total = 0
@@ -57,6 +60,10 @@ def measure(
     folder: Path, tokenizer_path: str, inputs: list[str], megabytes: float, workers: list[int]
 ) -> dict[str, Any]:
     """Return documents and tokens a second of each way, all below `folder`."""
+    import megatron.core.datasets.indexed_dataset  # noqa: F401 - its import is no part of the times
+
+    from training.build_dataset import Options, build_dataset, load_tokenizer
+
     text = folder / "text.jsonl"
     gathered = Corpus(inputs, max_bytes=int(megabytes * 1e6)).documents()
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in gathered))

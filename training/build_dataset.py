@@ -5,6 +5,7 @@ same text, tokenizer and settings give the same bytes, whatever the number of wo
 goes on from its finished shards. The record is written last: where there is one, the dataset is complete.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from training.dataset_record import FORMAT, record_path, tokenizer_files
 from training.indexed_files import token_dtype
 from training.indexed_writer import SPLITS, Merged, check_split, merge
 from training.locked import locked
-from training.shards import PARTIAL, Settings, read_shard, settings_digest, tokenise
+from training.shards import PARTIAL, Settings, read_shard, tokenise
 from training.slices import SLICE_BYTES, Slice, cut, file_digest, keyed
 
 PARTS = ".parts"
@@ -123,16 +124,20 @@ def _prepare(parts: Path, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, op
     """Give the workers what they need, and remove what a killed build was writing."""
     for left in parts.glob(f"*{PARTIAL}"):
         left.unlink()
-    (parts / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str())
     (parts / MERGED).mkdir(exist_ok=True)
-    return Settings(
+    serialised = tokenizer.backend_tokenizer.to_str()
+    settings = Settings(
         folder=str(parts),
+        tokenizer_digest=hashlib.sha256(serialised.encode()).hexdigest()[:32],
         text_key=corpus.text_key,
         eod=tokenizer.eos_token_id if options.append_eod else None,
         dtype=token_dtype(len(tokenizer)).str,
         skip_faults=options.skip_faults,
+        split_special_tokens=tokenizer.split_special_tokens,
         max_bytes=corpus.max_bytes,
     )
+    settings.tokenizer.write_text(serialised)
+    return settings
 
 
 def _build(
@@ -147,8 +152,7 @@ def _build(
     with _workers(options.workers, len(groups)) as in_order:
         paths = list(dict.fromkeys(file.path for file in files))
         digests = dict(zip(paths, in_order(file_digest, paths), strict=True))
-        depends = settings_digest(settings, settings.tokenizer.read_text())
-        slices = [keyed(pieces, digests, depends) for pieces in groups]
+        slices = [keyed(pieces, digests, settings.digest) for pieces in groups]
         keys = _tokenise(slices, settings, in_order, report)
     if list(corpus.files()) != files:
         shutil.rmtree(settings.folder)  # shards may not be of the text that their names say

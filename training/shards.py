@@ -29,15 +29,23 @@ class Settings:
     """What the tokens of a slice depend on besides its text; `folder` holds the tokenizer and the shards."""
 
     folder: str
+    tokenizer_digest: str  # of its serialised form
     text_key: str
     eod: int | None  # ends every document
     dtype: str
     skip_faults: bool
+    split_special_tokens: bool  # text that spells one is text; the serialised tokenizer does not say
     max_bytes: int | None
 
     @property
     def tokenizer(self) -> Path:
-        return Path(self.folder) / "tokenizer.json"
+        return Path(self.folder, f"tokenizer-{self.tokenizer_digest}.json")
+
+    @property
+    def digest(self) -> str:
+        """Name the settings, wherever the shards are kept."""
+        values = json.dumps({**asdict(self), "folder": None}, sort_keys=True)
+        return hashlib.sha256(values.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class _Writer:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.tokenizer = _load(settings.tokenizer)
+        self.tokenizer = _load(settings.tokenizer, settings.split_special_tokens)
         self.lengths: list[int] = []
         self.nbytes: list[int] = []
         self.digests: list[bytes] = []
@@ -158,8 +166,9 @@ class _Writer:
 
 
 @cache
-def _load(path: Path) -> Tokenizer:
+def _load(path: Path, split_special_tokens: bool) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.encode_special_tokens = split_special_tokens
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -177,9 +186,3 @@ def _batches(texts: Iterable[tuple[str, bytes]]) -> Iterator[list[tuple[str, byt
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def settings_digest(settings: Settings, tokenizer: str) -> str:
-    """Return the digest of the settings and of the serialised tokenizer, wherever the shards are kept."""
-    values = {**asdict(settings), "folder": None, "tokenizer": tokenizer}
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

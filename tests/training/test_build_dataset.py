@@ -107,6 +107,22 @@ def test_large_vocabulary_is_stored_in_32_bits(texts, source, tokenizer, tmp_pat
     assert same(tmp_path / "built", tmp_path / "plain")
 
 
+@pytest.mark.parametrize("split_special_tokens", [False, True])
+def test_special_tokens_in_text_are_read_as_transformers_does(source, tmp_path, split_special_tokens):
+    shutil.copytree(source, tmp_path / "tokenizer")
+    config = tmp_path / "tokenizer" / "tokenizer_config.json"
+    config.write_text(
+        json.dumps({**json.loads(config.read_text()), "split_special_tokens": split_special_tokens})
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    text = f"one {tokenizer.eos_token} two"
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}))
+    count = plain_build([text], tokenizer, tmp_path / "plain")
+    build_dataset(Corpus([str(tmp_path / "text.jsonl")]), str(tmp_path / "tokenizer"), tmp_path / "built")
+    assert same(tmp_path / "built", tmp_path / "plain")
+    assert (count > 12) == split_special_tokens
+
+
 def test_formats_say_the_same(texts, source, tmp_path):
     content = (tmp_path / "text.jsonl").read_bytes()
     values = [json.loads(line)["text"] for line in content.splitlines()]
