@@ -4,7 +4,7 @@ Nothing here knows about tensor or pipeline parallelism: each rank's `ShardedTen
 global tensor it holds.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from bridge.gather_plan import plan_pieces
 from bridge.gathering import Gathering, model_replica
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.hf_writer import TensorDescription
+from bridge.mapping import WeightPlan
 from bridge.provider import GPTModelProvider
 from bridge.shards import blocks_by_tensor, check_model_coverage, gather_boxes, shards_of
 from bridge.weight_sources import HfSource, WeightSource
@@ -84,25 +85,39 @@ class HfWeights:
         plan, shards = plan_weights(provider), shards_of(chunks)
         held = gather_boxes(shards)
         check_model_coverage(blocks_by_tensor(plan), set().union(*held))
-        wanted = plan.hf_shapes if names is None else names
-        if unknown := sorted(set(wanted) - plan.hf_shapes.keys()):
+        known = plan.hf_shapes.keys() | plan.copies
+        wanted = known if names is None else set(names)
+        if unknown := sorted(wanted - known):
             raise CoverageError(f"the model has no tensor {unknown[0]!r}: names are those of Hugging Face")
         self._replica = model_replica()
-        pieces = plan_pieces(plan, [held[rank] for rank in self._replica.ranks], wanted, dtype)
+        self._names = names_by_tensor(plan, wanted)
+        pieces = plan_pieces(plan, [held[rank] for rank in self._replica.ranks], self._names, dtype)
         self._gathering = Gathering(plan, pieces, {shard.box: shard.data for shard in shards}, dtype)
         self._first_rank_only = first_rank_only
         self._bucket_size = bucket_size or (GPU_BUCKET_SIZE if device().type == "cuda" else CPU_BUCKET_SIZE)
         self.described = {
             name: TensorDescription(
-                plan.hf_shapes[name], str(dtype or parts[0].box.dtype).removeprefix("torch.")
+                plan.hf_shapes[tensor], str(dtype or parts[0].box.dtype).removeprefix("torch.")
             )
-            for name, parts in pieces.items()
+            for tensor, parts in pieces.items()
+            for name in self._names[tensor]
         }
         """Every tensor in the order of the model's rules, which is not that in which they come."""
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if not self._first_rank_only or 0 in self._replica.ranks:
-            yield from self._gathering.run(self._replica, self._bucket_size, self._first_rank_only)
+        if self._first_rank_only and 0 not in self._replica.ranks:
+            return
+        for tensor, weight in self._gathering.run(self._replica, self._bucket_size, self._first_rank_only):
+            for name in self._names[tensor]:
+                yield name, weight
+
+
+def names_by_tensor(plan: WeightPlan, wanted: Set[str]) -> dict[str, list[str]]:
+    """Return the wanted names of each tensor: its own, and those of its copies."""
+    names = {name: [name] for name in plan.hf_shapes if name in wanted}
+    for copy in sorted(plan.copies & wanted):
+        names.setdefault(plan.tied[copy], []).append(copy)
+    return names
 
 
 def finish_updates(chunks: Sequence[torch.nn.Module]) -> None:

@@ -7,6 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
 
@@ -26,6 +27,13 @@ class PredictingGPTModel(GPTModel):
             return super()._postprocess(labels=None, mtp_in_postprocess=False, **options)
         finally:
             self.config = config
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Megatron's own, which forgets its default metadata where the embedding is held a second time."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return super().sharded_state_dict(prefix, sharded_offsets, metadata)
 
 
 def prediction_spec(
