@@ -146,10 +146,11 @@ class HeadDim(ConfigRule):
 class Dtype(ConfigRule):
     """The dtype of the weights: `dtype`, or `torch_dtype` before transformers 5."""
 
+    default: str = "float32"
     keys = ("dtype", "torch_dtype")
 
     def read(self, config: Config) -> dict[str, Any]:
-        name = config.get("dtype") or config.get("torch_dtype") or "float32"
+        name = config.get("dtype") or config.get("torch_dtype") or self.default
         if name not in DTYPES:
             raise UnsupportedModelError(f"config.json has dtype {name!r}: allowed are {', '.join(DTYPES)}")
         return {"params_dtype": name}

@@ -66,4 +66,35 @@ def padded(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
 
 
-PATCHES: tuple[Callable[[], None], ...] = (route_with_torch, number_split_sizes, pad_uneven_messages)
+def add_biases_of_experts() -> None:
+    """transformer/mlp.py adds an expert's bias in place, to what may be a view of an autograd function's.
+
+    tensor_parallel/layers.py then has its gradient summed over tensor-parallel ranks that sequence
+    parallelism gave different tokens; but each of them has experts of its own.
+    """
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.utils import get_tensor_model_parallel_group_if_none
+
+    reduce, build = layers.reduce_from_tensor_model_parallel_region, layers.RowParallelLinear.__init__
+
+    def reduce_many(tensor: Tensor, group: Any = None) -> Tensor:
+        group = get_tensor_model_parallel_group_if_none(group)
+        return tensor if group.size() == 1 else reduce(tensor, group=group)
+
+    def build_with_bias(self: Any, *args: Any, **options: Any) -> None:
+        build(self, *args, **options)
+        if self.is_expert and self.expert_parallel and self.bias is not None:
+            self.bias.sequence_parallel = False
+            # each rank's counts in the norm of all gradients
+            self.bias.tensor_model_parallel = True
+
+    layers.reduce_from_tensor_model_parallel_region = reduce_many
+    layers.RowParallelLinear.__init__ = build_with_bias
+
+
+PATCHES: tuple[Callable[[], None], ...] = (
+    route_with_torch,
+    number_split_sizes,
+    pad_uneven_messages,
+    add_biases_of_experts,
+)

@@ -54,11 +54,13 @@ class SparseLayers(ConfigRule):
         return {"decoder_sparse_step": step, "mlp_only_layers": dense}
 
 
-def routing_config(topk: int, aux_loss_coeff: float | None = None) -> tuple[ConfigRule, ...]:
+def routing_config(
+    topk: int, aux_loss_coeff: float | None = None, topk_aliases: tuple[str, ...] = ()
+) -> tuple[ConfigRule, ...]:
     """Return the rules of the router's keys, given the defaults of a family, which may have no such loss."""
     coefficient = Field("router_aux_loss_coef", "moe_aux_loss_coeff", default=aux_loss_coeff)
     return (
-        Field("num_experts_per_tok", "moe_router_topk", default=topk),
+        Field("num_experts_per_tok", "moe_router_topk", default=topk, aliases=topk_aliases),
         *(() if aux_loss_coeff is None else (coefficient,)),
         # whether a run of transformers adds that loss
         Carried(("output_router_logits",)),

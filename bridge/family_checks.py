@@ -9,12 +9,17 @@ CONVERSION = ("config", "weights")
 DENSE_LAYOUTS = ("dp2", "tp2", "tp2 sequence parallel", "pp2", "pp2 vpp2")
 # Megatron trains experts with tensor parallelism only where the sequence is cut as well.
 EXPERT_LAYOUTS = ("dp2", "tp2 sequence parallel", "pp2", "pp2 vpp2", "ep2", "tp2 ep2")
+# It has experts with biases whole only.
+BIASED_EXPERT_LAYOUTS = ("dp2", "pp2", "pp2 vpp2", "ep2", "tp2 ep2")
 CPU, GPU = "cpu", "gpu"
 
 
 def layouts_of(family: Family) -> tuple[str, ...]:
     """Return the layouts of two ranks in which a family is tested."""
-    return EXPERT_LAYOUTS if any(rule.experts for rule in family.weights) else DENSE_LAYOUTS
+    experts = [rule.megatron_param for rule in family.weights if rule.experts]
+    if any(name.endswith(".bias") for name in experts):
+        return BIASED_EXPERT_LAYOUTS
+    return EXPERT_LAYOUTS if experts else DENSE_LAYOUTS
 
 
 def checks_of(family: Family) -> dict[str, str]:

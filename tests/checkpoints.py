@@ -46,6 +46,21 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         # transformers neither makes nor loads these
         "num_nextn_predict_layers": 0,
     },
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "initializer_range": 0.1,
+        "sliding_window": 12,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 8.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
     "llama": {"rope_parameters": LLAMA3_ROPE},
     "mistral": {"sliding_window": 12},
     "mixtral": {"num_local_experts": 8, "sliding_window": 12, "initializer_range": 0.1},

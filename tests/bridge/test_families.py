@@ -65,6 +65,13 @@ FAMILY_CHANGES: dict[str, dict[str, Any]] = {
         "use_qk_norm": False,
         "num_nextn_predict_layers": 1,
     },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.5,
+        "swiglu_limit": 5.0,
+        "sliding_window": 20,
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 3, "router_aux_loss_coef": 0.5},
     "olmoe": {
         "num_experts": 4,

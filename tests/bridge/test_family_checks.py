@@ -25,7 +25,8 @@ def test_each_check_names_the_cases_of_a_test(check: str) -> None:
 @pytest.mark.parametrize("model_type", families())
 def test_a_family_is_checked_in_full_somewhere(model_type: str) -> None:
     checks = checks_of(family_named(model_type))
-    assert {*CONVERSION, "dp2", "pp2", "tp2 sequence parallel"} <= set(checks)
+    assert {*CONVERSION, "dp2", "pp2"} <= set(checks)
+    assert {"tp2 sequence parallel", "tp2 ep2"} & set(checks)
     assert set(family_named(model_type).needs_gpu) <= set(checks)
     for check, place in checks.items():
         assert model_type in families_with(check, place)
