@@ -37,20 +37,23 @@ def export_checkpoint(
     dtype: str | None = None,
     progress: Progress | None = None,
     config_from: str | Path | None = None,
+    family: str | None = None,
 ) -> Conversion:
     """Write a Megatron checkpoint, of Bridgeworks or of training, as a new Hugging Face folder.
 
     Weights keep their dtype, or are cast to `dtype`, and config.json follows it. `config_from` is a Hugging
-    Face folder whose config and tokenizer are used instead of the checkpoint's own. `progress(done, total)`
-    is called with bytes. Anything wrong with the source or the destination is an InputError, and nothing is
-    left behind; a conversion that was killed or stopped goes on from its finished files.
+    Face folder whose config and tokenizer are used instead of the checkpoint's own; a checkpoint of plain
+    Megatron-LM, which has none, needs it, or the `family` (model_type) whose config its arguments fill.
+    `progress(done, total)` is called with bytes. Anything wrong with the source or the destination is an
+    InputError, and nothing is left behind; a conversion that was killed or stopped goes on from its finished
+    files.
     """
     began = time.monotonic()
     check_workers(workers)
     check_weight_dtype(dtype)
     memory = MemoryLimit(max_memory)
     limit = parse_size(max_shard_size, "max_shard_size")
-    checkpoint = MegatronCheckpoint.open(megatron_path, config_from)
+    checkpoint = MegatronCheckpoint.open(megatron_path, config_from, family)
     with OpenFiles() as files:
         view = HfView(checkpoint, files, dtype)
         total = sum(tensor.nbytes for tensor in view.tensors.values())

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from bridge.contained_path import contained_file
 from bridge.errors import CheckpointError
-from bridge.families import plan_weights, provider_of
+from bridge.families import family_named, plan_weights, provider_of
 from bridge.hf_checkpoint import CONFIG, read_config, read_json_object, side_files
 from bridge.key_forms import as_stored
 from bridge.mapping import WeightPlan
+from bridge.megatron_arguments import check_arguments, provider_from_arguments, read_arguments
 from bridge.provider import GPTModelProvider
 from bridge.torch_dist.metadata import METADATA, Place, TorchDistMetadata, read_metadata
 
@@ -48,15 +49,18 @@ class MegatronCheckpoint:
     side_files: tuple[Path, ...]
 
     @classmethod
-    def open(cls, path: str | Path, config_from: str | Path | None = None) -> "MegatronCheckpoint":
-        """Open a checkpoint or the latest one of a training run; anything wrong is a CheckpointError.
+    def open(
+        cls, path: str | Path, config_from: str | Path | None = None, family: str | None = None
+    ) -> "MegatronCheckpoint":
+        """Open a checkpoint or the latest one of a training run; anything wrong is an InputError.
 
-        `config_from` is a Hugging Face folder whose config and tokenizer are taken instead of those stored,
-        for checkpoints that have none.
+        Plain Megatron-LM stores neither config nor tokenizer. `config_from` is a Hugging Face folder whose
+        own are taken, and held against the arguments of the training; `family` is the `model_type` whose
+        config is made from those arguments.
         """
         folder = resolve_checkpoint(Path(path))
         hf_folder = Path(config_from) if config_from else folder / HF_FOLDER
-        provider = provider_of(read_config(hf_folder)) if config_from else read_model(folder)
+        provider = _provider(folder, hf_folder if config_from else None, family)
         files = tuple(side_files(hf_folder)) if hf_folder.is_dir() else ()
         return cls(folder, provider, read_metadata(folder, skip=is_training_state), files)
 
@@ -68,6 +72,23 @@ class MegatronCheckpoint:
     def plan(self) -> WeightPlan:
         """Spell out every block between this checkpoint, by its own keys, and its Hugging Face view."""
         return as_stored(plan_weights(self.provider), self.metadata.tensors)
+
+
+def _provider(folder: Path, hf_folder: Path | None, family: str | None) -> GPTModelProvider:
+    if hf_folder is not None:
+        provider = provider_of(read_config(hf_folder))
+        if arguments := read_arguments(folder):
+            check_arguments(provider, arguments, hf_folder / CONFIG)
+        return provider
+    if (folder / MODEL).is_file() or family is None:
+        return read_model(folder)
+    arguments = read_arguments(folder)
+    if arguments is None:
+        raise CheckpointError(
+            f"{folder} holds no arguments of Megatron-LM: name a Hugging Face folder of the same model"
+            " (--config-from)"
+        )
+    return provider_from_arguments(arguments, family_named(family).model_type)
 
 
 def is_training_state(key: str) -> bool:
@@ -118,7 +139,8 @@ def read_model(folder: Path) -> GPTModelProvider:
     file = folder / MODEL
     if not file.is_file():
         raise CheckpointError(
-            f"{folder} has no {MODEL}: name a Hugging Face folder of the same model for its config"
+            f"{folder} has no {MODEL}: name a Hugging Face folder of the same model for its config, or, for a"
+            " checkpoint of Megatron-LM, its family (--config-from, --family)"
         )
     try:
         return GPTModelProvider.from_dict(read_json_object(file)).finalize()

@@ -164,6 +164,9 @@ def export(
     config_from: Annotated[
         Path | None, typer.Option(help="Take config and tokenizer from this Hugging Face folder.")
     ] = None,
+    family: Annotated[
+        str | None, typer.Option(help="The model_type of a checkpoint of Megatron-LM, for its config.")
+    ] = None,
     dtype: Dtype = None,
     workers: Workers = 2,
     max_memory: MaxMemory = "1GiB",
@@ -177,11 +180,9 @@ def export(
     """
     from flows import convert
 
-    options = {"dtype": dtype, "workers": workers, "max_memory": max_memory}
-    _report(
-        convert.export_to(megatron, hf, max_shard_size=max_shard_size, config_from=config_from, **options),
-        json,
-    )
+    source = {"config_from": config_from, "family": family}
+    options = {"dtype": dtype, "max_shard_size": max_shard_size, "workers": workers, "max_memory": max_memory}
+    _report(convert.export_to(megatron, hf, **source, **options), json)
 
 
 def _report(conversion: Any, json: bool) -> None:

@@ -1,0 +1,132 @@
+"""The arguments that plain Megatron-LM saves in `common.pt`: what they say about the model.
+
+They are a pickled `argparse.Namespace` with values of many classes. Nothing of those is imported: each class
+and function is replaced by a stand-in that does nothing.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bridge.contained_path import contained_file
+from bridge.errors import CheckpointError, ConfigError
+from bridge.provider import GPTModelProvider
+from bridge.torch_dist.metadata import SHARED_OBJECT
+from bridge.torch_dist.restricted_pickle import Globals, inert, read_pickle
+
+Arguments = dict[str, Any]
+MAX_PICKLE_SIZE = 64 << 20  # arguments are some 50 KB
+
+
+class _StandIns(dict[tuple[str, str], Any]):
+    """Something inert for every name that a pickle refers to."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: tuple[str, str]) -> Any:
+        return dict if name == ("collections", "OrderedDict") else inert(".".join(name))
+
+
+def read_arguments(folder: Path) -> Arguments | None:
+    """Return the arguments that a checkpoint holds by name; None if it holds none."""
+    file = contained_file(folder, SHARED_OBJECT, folder)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            (entry,) = (info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+            if entry.file_size > MAX_PICKLE_SIZE:
+                raise CheckpointError(
+                    f"{file} holds {entry.file_size} bytes of pickled values, too many to read"
+                )
+            data = archive.read(entry)
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    stand_ins: Globals = _StandIns()
+    state = read_pickle(data, stand_ins, str(file))
+    arguments = state.get("args") if isinstance(state, dict) else None
+    return dict(vars(arguments)) if hasattr(arguments, "__dict__") else None
+
+
+def _query_groups(arguments: Arguments) -> Any:
+    grouped = arguments.get("group_query_attention", True)
+    return (arguments.get("num_query_groups") if grouped else None) or arguments.get("num_attention_heads")
+
+
+def _dtype(arguments: Arguments) -> str:
+    return "bfloat16" if arguments.get("bf16") else "float16" if arguments.get("fp16") else "float32"
+
+
+# How an argument's name or meaning differs from the provider's field (megatron/training/arguments.py).
+OTHER_NAMES: dict[str, Callable[[Arguments], Any]] = {
+    "num_query_groups": _query_groups,
+    "layernorm_epsilon": lambda a: a.get("norm_epsilon"),
+    "gated_linear_unit": lambda a: a.get("swiglu"),
+    "share_embeddings_and_output_weights": lambda a: not a.get("untie_embeddings_and_output_weights", False),
+    "num_moe_experts": lambda a: a.get("num_experts"),
+}
+SAME_NAMES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "normalization",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+)
+EXPERT_NAMES = ("moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size")
+LATENT_NAMES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+
+
+def _fields(arguments: Arguments) -> Iterator[tuple[str, Any]]:
+    """Yield the provider's fields that the arguments set."""
+    names = [*SAME_NAMES]
+    names += EXPERT_NAMES if arguments.get("num_experts") else ()
+    names += LATENT_NAMES if arguments.get("multi_latent_attention") else ()
+    for name in names:
+        if arguments.get(name) is not None:
+            yield name, arguments[name]
+    for name, read in OTHER_NAMES.items():
+        value = read(arguments)
+        if value is not None or name == "num_moe_experts":
+            yield name, value
+
+
+def check_arguments(provider: GPTModelProvider, arguments: Arguments, config: Path) -> None:
+    """Raise a ConfigError that names everything in which a config contradicts a checkpoint's arguments."""
+    found = [
+        f"{name} is {getattr(provider, name)!r}, trained was {value!r}"
+        for name, value in _fields(arguments)
+        if getattr(provider, name) != value
+    ]
+    padded = arguments.get("padded_vocab_size")
+    if padded and padded < provider.vocab_size:
+        found.append(f"vocab_size is {provider.vocab_size}, trained was {padded} with its padding")
+    if found:
+        raise ConfigError(
+            f"{config} is not of the model that the checkpoint's arguments describe: {'; '.join(found)}"
+        )
+
+
+def provider_from_arguments(arguments: Arguments, family: str) -> GPTModelProvider:
+    """Describe the model of a Llama-like family from the arguments of its training alone."""
+    theta = float(arguments.get("rotary_base") or 10000.0)
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+    if arguments.get("use_rope_scaling"):
+        # Megatron Core's other numbers are fixed: models/common/embeddings/rotary_pos_embedding.py
+        rope |= {"rope_type": "llama3", "factor": float(arguments.get("rope_scaling_factor") or 8.0)}
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    vocab_size = arguments.get("vocab_size") or arguments.get("padded_vocab_size")
+    return GPTModelProvider(
+        **dict(_fields(arguments)),
+        vocab_size=int(vocab_size or 0),
+        max_position_embeddings=int(arguments.get("max_position_embeddings") or 0),
+        rope_parameters=rope,
+        params_dtype=_dtype(arguments),
+        hf_model_type=family,
+    ).finalize()
