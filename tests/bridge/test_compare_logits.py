@@ -148,10 +148,7 @@ def without_tensor(source: Path, folder: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)], ids=["tp2", "pp2"])
-def test_ranks_together_find_the_layer_where_two_megatron_ends_part(
-    sizes: tuple[int, int], llama: Path, tmp_path: Path
-) -> None:
+def test_stages_together_find_the_layer_where_two_megatron_ends_part(llama: Path, tmp_path: Path) -> None:
     """The faulty layer is on the second stage of two; prompts come from a file."""
     import_checkpoint(llama, tmp_path / "megatron")
     import_checkpoint(mutated_weights(llama, tmp_path / "hf", zero_keys), tmp_path / "mutated")
@@ -161,8 +158,7 @@ def test_ranks_together_find_the_layer_where_two_megatron_ends_part(
         "b": str(tmp_path / "mutated"),
         "dtype": "float32",
         "prompts_file": str(tmp_path / "prompts.json"),
-        "tensor_model_parallel_size": sizes[0],
-        "pipeline_model_parallel_size": sizes[1],
+        "pipeline_model_parallel_size": 2,
         "layers_table": str(tmp_path / "layers.jsonl"),
         "scratch": str(tmp_path),
     }
@@ -174,6 +170,24 @@ def test_ranks_together_find_the_layer_where_two_megatron_ends_part(
     rows = [json.loads(line) for line in (tmp_path / "layers.jsonl").read_text().splitlines()]
     assert [(row["prompt"], row["layer"]) for row in rows] == [(p, n) for p in (0, 1) for n in range(5)]
     assert not list(tmp_path.glob("bridgeworks-trace-*"))
+
+
+def test_experts_on_two_ranks_say_what_transformers_says(
+    hf_checkpoint: Callable[..., Path], megatron_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """With tensor parallelism sequences are cut: a prompt of odd length has to be filled up."""
+    config = {
+        "a": str(hf_checkpoint("qwen3_moe")),
+        "b": str(megatron_checkpoint("qwen3_moe")),
+        "dtype": "float32",
+        "prompts": [[5, 6, 7], [9, 8, 7, 6, 5]],
+        "tensor_model_parallel_size": 2,
+        "expert_model_parallel_size": 2,
+    }
+    report = run_ranks(2, "bridge.compare_logits", config, tmp_path / "job")
+    assert report["gate"]["passed"], report
+    assert report["hidden_states"]["passed"], report
+    assert report["num_positions"] == 8
 
 
 def test_dtype_without_thresholds_is_refused(llama: Path) -> None:
