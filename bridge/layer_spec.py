@@ -16,6 +16,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from bridge.engine_activation import EngineActivation
 from bridge.errors import ConfigError
 from bridge.layer_features import add_features
 from bridge.provider import GPTModelProvider
@@ -63,9 +64,9 @@ def one_layer(provider: GPTModelProvider, config: TransformerConfig, experts: bo
         "multi_latent_attention": provider.multi_latent_attention,
     }
     if engine:
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            moe_grouped_gemm=True, use_te_activation_func=config.use_te_activation_func, **options
-        )
+        spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=True, **options)
+        if config.use_te_activation_func:
+            spec.submodules.mlp.submodules.activation_func = EngineActivation
     else:
         spec = get_gpt_layer_local_spec(normalization=provider.normalization, **options)
         if experts:
