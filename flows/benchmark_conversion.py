@@ -8,6 +8,7 @@ line is one JSON object.
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--without-model", action="store_true", help="leave out the way through a live model")
     arguments = parser.parse_args()
     try:
-        source = make_model(arguments.folder / "hf")
+        source = make_model(arguments.folder / "hf", CONFIG_VALUES)
         medians = measure(source, arguments.rounds, arguments.workers, not arguments.without_model)
     except BridgeworksError as error:
         sys.exit(f"error: {error}")
@@ -83,17 +84,13 @@ def main() -> None:
     print(json.dumps(summary(medians, nbytes, arguments), sort_keys=True))
 
 
-def make_model(folder: Path) -> Path:
-    """Write a checkpoint of random bfloat16 weights, unless it is there from an earlier run."""
-    plan = plan_weights(provider_of(CONFIG_VALUES))
+def make_model(folder: Path, config: dict[str, Any]) -> Path:
+    """Write a checkpoint of random weights, unless it is there from an earlier run."""
+    dtype = config["dtype"]
     size, entries = 0, {}
-    for name, shape in plan.hf_shapes.items():
-        end = size + ITEM_SIZES["bfloat16"] * _product(shape)
-        entries[name] = {
-            "dtype": TO_SAFETENSORS["bfloat16"],
-            "shape": shape,
-            "data_offsets": [size, end],
-        }
+    for name, shape in plan_weights(provider_of(config)).hf_shapes.items():
+        end = size + ITEM_SIZES[dtype] * math.prod(shape)
+        entries[name] = {"dtype": TO_SAFETENSORS[dtype], "shape": shape, "data_offsets": [size, end]}
         size = end
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
@@ -101,7 +98,7 @@ def make_model(folder: Path) -> Path:
     if file.is_file() and file.stat().st_size == 8 + len(header) + size:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(json.dumps(CONFIG_VALUES))
+    (folder / CONFIG).write_text(json.dumps(config))
     # Bytes below 0x40 at every place: small numbers, none of them infinite or not a number.
     noise = bytes(byte & 0x3F for byte in os.urandom(1 << 20)) * (NOISE_SIZE >> 20)
     with file.open("wb") as stream:
@@ -109,13 +106,6 @@ def make_model(folder: Path) -> Path:
         for start in range(0, size, NOISE_SIZE):
             stream.write(noise[: size - start])
     return folder
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def measure(source: Path, rounds: int, workers: int, with_model: bool) -> dict[str, Measured]:
