@@ -217,6 +217,11 @@ class ConfigContainer:
                 f"{world_size} ranks cannot hold whole copies of a model spread over {ranks}"
                 f" (tensor x pipeline x context): give a multiple of {ranks}"
             )
+        if world_size % self.model.expert_ranks:
+            raise ConfigError(
+                f"{world_size} ranks cannot hold experts spread over {self.model.expert_ranks} (expert x expert"
+                f" tensor x pipeline): give a multiple of {self.model.expert_ranks}"
+            )
         return world_size // ranks
 
     def num_microbatches(self, world_size: int) -> int:

@@ -23,6 +23,7 @@ def check(config: "ConfigContainer", num_microbatches: int) -> None:
     check_schedule(config)
     check_data(config)
     check_interleaving(config, num_microbatches)
+    check_experts(config)
     check_optimizer(config)
     check_overlap(config)
     check_recomputation(config)
@@ -71,6 +72,15 @@ def check_interleaving(config: "ConfigContainer", num_microbatches: int) -> None
         raise ConfigError(
             f"an interleaved pipeline of {pipeline} stages cannot run {num_microbatches} microbatches:"
             f" change train.global_batch_size so that their number is a multiple of {pipeline}"
+        )
+
+
+def check_experts(config: "ConfigContainer") -> None:
+    model = config.model
+    if model.num_moe_experts and model.tensor_model_parallel_size > 1 and not model.sequence_parallel:
+        raise ConfigError(
+            f"model.tensor_model_parallel_size {model.tensor_model_parallel_size} with experts trains with"
+            " sequence parallelism only: set model.sequence_parallel to true"
         )
 
 

@@ -42,7 +42,8 @@ def laid_out(provider: GPTModelProvider, config: dict[str, Any]) -> GPTModelProv
     provider.tensor_model_parallel_size = config.get("tensor_model_parallel_size", 1)
     provider.pipeline_model_parallel_size = config.get("pipeline_model_parallel_size", 1)
     provider.virtual_pipeline_model_parallel_size = None
-    provider.context_parallel_size = 1
+    provider.context_parallel_size = provider.expert_model_parallel_size = 1
+    provider.expert_tensor_parallel_size = None
     provider.sequence_parallel = False
     provider.seq_length = config["seq_length"]
     return provider

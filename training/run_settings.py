@@ -33,6 +33,8 @@ def possible_fusions(provider: GPTModelProvider) -> frozenset[str]:
         possible -= {"bias_activation_fusion", "use_te_activation_func"}
     if provider.multi_latent_attention or provider.rotary_interleaved or provider.rope_local_parameters:
         possible.remove("apply_rope_fusion")
+    if provider.num_moe_experts is not None and provider.add_bias_linear:
+        possible.remove("bias_dropout_fusion")  # refused by the experts' module, which adds its biases itself
     if provider.final_logit_softcapping is not None:
         possible.remove("cross_entropy_loss_fusion")  # Transformer Engine writes into the logits it is given
     return frozenset(possible)

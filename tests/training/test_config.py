@@ -43,6 +43,16 @@ def test_unknown_names_are_refused(value, message):
         ({"train.micro_batch_size": 2}, 8, "x data-parallel size = 16"),
         ({"model.tensor_model_parallel_size": 2}, 3, "3 ranks cannot hold whole copies"),
         ({"model.tensor_model_parallel_size": 3}, 3, "num_attention_heads 32 is not divisible"),
+        (
+            {"model.num_moe_experts": 8, "model.expert_model_parallel_size": 2},
+            1,
+            "1 ranks cannot hold experts",
+        ),
+        (
+            {"model.num_moe_experts": 8, "model.tensor_model_parallel_size": 2},
+            2,
+            "set model.sequence_parallel to true",
+        ),
         ({"scheduler.lr_decay_style": "cosin"}, 1, "allowed are constant, linear, cosine"),
         ({"scheduler.lr_decay_style": "WSD"}, 1, "needs scheduler.lr_wsd_decay_iters"),
         ({"train.train_iters": 10, "scheduler.lr_warmup_iters": 10}, 1, "give 0 to 9"),
