@@ -219,8 +219,8 @@ class ConfigContainer:
             )
         if world_size % self.model.expert_ranks:
             raise ConfigError(
-                f"{world_size} ranks cannot hold experts spread over {self.model.expert_ranks} (expert x expert"
-                f" tensor x pipeline): give a multiple of {self.model.expert_ranks}"
+                f"{world_size} ranks cannot hold experts spread over {self.model.expert_ranks}"
+                f" (expert x expert tensor x pipeline): give a multiple of {self.model.expert_ranks}"
             )
         return world_size // ranks
 
