@@ -90,7 +90,7 @@ LATENT_CONFIG: tuple[ConfigRule, ...] = (
     Dtype(),
     WITHOUT_MEANING,
     # how the experts were spread and balanced in training
-    Carried(("ep_size", "aux_loss_alpha", "seq_aux", "output_router_logits", "router_aux_loss_coef")),
+    Carried(("ep_size", "aux_loss_alpha", "seq_aux", "output_router_logits")),
 )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from prediction_layers import add_prediction_layers
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -33,8 +34,53 @@ LLAMA3_ROPE = {
 # Weights of the usual size would leave all experts about equal.
 EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 48, "initializer_range": 0.1}
 
+# A setting whose value is null, where None leaves the key to transformers' default.
+NULL = "null"
+
+LATENT_ATTENTION = {
+    "head_dim": None,
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    # other than that of the latents' norms
+    "rms_norm_eps": 1e-2,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 8,
+        "beta_slow": 1,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.1,
+    },
+}
+
 # What is special to a family is switched on, so that the ordinary tests see it.
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        **EXPERTS,
+        **LATENT_ATTENTION,
+        "q_lora_rank": NULL,
+        "topk_method": "group_limited_greedy",
+        "num_experts_per_tok": 4,
+        "routed_scaling_factor": 4.0,
+    },
+    "deepseek_v3": {
+        **EXPERTS,
+        **LATENT_ATTENTION,
+        "q_lora_rank": 24,
+        "num_experts_per_tok": 4,
+        # transformers neither makes nor loads these
+        "num_nextn_predict_layers": 0,
+    },
     "glm4_moe": {
         **EXPERTS,
         "n_routed_experts": 8,
@@ -91,13 +137,20 @@ def make_hf_checkpoint(
     `config` holds Hugging Face config values over those of `SIZES` and `FAMILY_SETTINGS`.
     """
     values = {**SIZES, **FAMILY_SETTINGS.get(family, {}), **config}
-    hf_config = AutoConfig.for_model(family, **{k: v for k, v in values.items() if v is not None})
+    hf_config = AutoConfig.for_model(family, **given(values))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
         _randomize_vectors(model)
     _cast(model, getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    if values.get("num_nextn_predict_layers"):
+        add_prediction_layers(Path(folder))
     return Path(folder)
+
+
+def given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as arguments of a transformers config."""
+    return {key: None if value == NULL else value for key, value in settings.items() if value is not None}
 
 
 def _randomize_vectors(model: torch.nn.Module) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import FAMILY_SETTINGS, SIZES, as_stored
+from checkpoints import FAMILY_SETTINGS, SIZES, as_stored, given
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bridge.config_rules import REQUIRED, Constant, Dtype, Field, Requires
@@ -50,8 +50,30 @@ LEGACY_LLAMA: dict[str, Any] = {
 }
 
 
+# Keys that follow from others: to change one alone would be a contradiction.
+LATENT_HEADS = {"num_key_value_heads", "qk_head_dim", "head_dim"}
+DERIVED = {"deepseek_v2": LATENT_HEADS, "deepseek_v3": LATENT_HEADS}
+
+LATENT_CHANGES = {
+    "q_lora_rank": 40,
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 80,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 2,
+    "n_group": 8,
+    "topk_group": 1,
+    "routed_scaling_factor": 2.0,
+}
+
 # Keys of a family's own, each with another value than the small config has.
 FAMILY_CHANGES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**LATENT_CHANGES, "topk_method": "greedy"},
+    "deepseek_v3": {**LATENT_CHANGES, "num_nextn_predict_layers": 1},
     "glm4_moe": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -101,7 +123,7 @@ FAMILY_CHANGES: dict[str, dict[str, Any]] = {
 
 def small_config(model_type: str, **values: Any) -> dict[str, Any]:
     settings = {**SIZES, **FAMILY_SETTINGS.get(model_type, {}), **values}
-    config = AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})
+    config = AutoConfig.for_model(model_type, **given(settings))
     return {**config.to_diff_dict(), "dtype": "bfloat16"}
 
 
@@ -144,9 +166,12 @@ def test_every_meaningful_key_reaches_the_provider(model_type: str) -> None:
         "rope_parameters": {"rope_type": "linear", "rope_theta": 5.0, "factor": 2.0},
     }
     changes |= FAMILY_CHANGES.get(model_type, {})
-    before = provider_of({k: v for k, v in config.items() if k != "layer_types"}).to_dict()
-    for key, value in changes.items():
-        changed = {k: v for k, v in config.items() if k != "layer_types"} | {key: value}
+    derived = {"layer_types", *DERIVED.get(model_type, ())}
+    config = {key: value for key, value in config.items() if key not in derived}
+    before = provider_of(config).to_dict()
+    for key in changes.keys() - derived:
+        value = changes[key]
+        changed = config | {key: value}
         provider = provider_of(changed)
         assert {**provider.to_dict(), "hf_config": None} != {**before, "hf_config": None}, key
         assert family_named(model_type).hf_config(provider)[key] == value

@@ -15,6 +15,8 @@ from bridge.importer import import_checkpoint
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     **{name: {"family": name} for name in families()},
     "llama tied": {"family": "llama", "tie_word_embeddings": True},
+    "deepseek_v3 predicting two": {"family": "deepseek_v3", "num_nextn_predict_layers": 2},
+    "glm4_moe predicting": {"family": "glm4_moe", "num_nextn_predict_layers": 1},
 }
 
 

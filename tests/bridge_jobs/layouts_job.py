@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import prediction_losses
 import torch
 from checkpoints import as_stored
 from megatron.core import parallel_state
@@ -10,7 +11,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bridge.families import provider_of
 from bridge.hf_checkpoint import HfCheckpoint
@@ -129,6 +130,8 @@ def forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, An
 
 
 def hf_gradients(folder: Path) -> dict[str, torch.Tensor]:
+    if AutoConfig.from_pretrained(folder).to_dict().get("num_nextn_predict_layers"):
+        return prediction_losses.gradients(folder, TOKENS, LABELS)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.get_input_embeddings().padding_idx = None  # in training there is no padding
     for tokens, labels in zip(TOKENS, LABELS, strict=True):
