@@ -11,9 +11,11 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 
 from bridge.distributed import device
 from bridge.errors import GateError
+from bridge.families import provider_of
 from bridge.hf_checkpoint import read_config
 from bridge.prompts import Prompts
 from bridge.provider import GPTModelProvider
+from bridge.quantization import without_quantization
 
 
 class Loaded(NamedTuple):
@@ -35,29 +37,32 @@ def load_hf(folder: Path, dtype: str) -> Loaded:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=getattr(torch, dtype),
             attn_implementation="eager",  # the plain formula, which defines what the model says
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            **dequantization(folder),
+            **loading_options(folder, dtype),
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:500]
         raise GateError(f"transformers cannot load {folder}: {type(error).__name__}: {reason}") from error
+    if dtype == "float32":
+        model.float()
     complaints = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys")}
     return Loaded(model.eval().to(device()), complaints)
 
 
-def dequantization(folder: Path) -> dict[str, Any]:
-    """Return what makes transformers compute with the weights that quantised ones stand for."""
-    settings = read_config(folder).get("quantization_config")
-    if settings is None:
-        return {}
+def loading_options(folder: Path, dtype: str) -> dict[str, Any]:
+    """Return in which dtype transformers loads: quantised weights in the one that they are converted to."""
+    config = read_config(folder)
+    if "quantization_config" not in config:
+        return {"dtype": getattr(torch, dtype)}
     from transformers.quantizers.auto import AutoQuantizationConfig
 
-    return {"quantization_config": AutoQuantizationConfig.from_dict({**settings, "dequantize": True})}
+    settings = AutoQuantizationConfig.from_dict({**config["quantization_config"], "dequantize": True})
+    meant = provider_of(without_quantization(config)).params_dtype
+    return {"dtype": getattr(torch, meant), "quantization_config": settings}
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The logits gate on real checkpoints: it passes what is right and fails on every mutation."""
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from process_groups import run_ranks
 from safetensors.torch import load_file, save_file
 
 from bridge import compare_logits, distributed
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, GateError
 from bridge.importer import import_checkpoint
 
 Weights = dict[str, torch.Tensor]
@@ -188,6 +189,41 @@ def test_experts_on_two_ranks_say_what_transformers_says(
     assert report["gate"]["passed"], report
     assert report["hidden_states"]["passed"], report
     assert report["num_positions"] == 8
+
+
+def quantised(source: Path, folder: Path, block: int = 16) -> Path:
+    """Store the projections as Qwen3-FP8 does, in blocks with a scale each."""
+    copy_checkpoint(source, folder)
+    for file in folder.glob("*.safetensors"):
+        stored: Weights = {}
+        for name, weight in load_file(file).items():
+            if name.endswith("_proj.weight"):
+                blocks = weight.float().unflatten(1, (-1, block)).unflatten(0, (-1, block))
+                scales = blocks.abs().amax((1, 3), keepdim=True) / 448
+                stored[name] = (blocks / scales).reshape(weight.shape).to(torch.float8_e4m3fn)
+                stored[f"{name}_scale_inv"] = scales[:, 0, :, 0].contiguous()
+            else:
+                stored[name] = weight
+        save_file(stored, file, metadata={"format": "pt"})
+    index = {name: file.name for file in folder.glob("*.safetensors") for name in load_file(file)}
+    edit_json(folder / "model.safetensors.index.json", weight_map=index)
+    settings = {"quant_method": "fp8", "weight_block_size": [block, block], "activation_scheme": "dynamic"}
+    edit_json(folder / "config.json", quantization_config=settings)
+    return folder
+
+
+def test_a_quantised_end_is_what_transformers_makes_of_it(
+    hf_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    hf = quantised(hf_checkpoint("qwen3"), tmp_path / "hf")
+    megatron = import_checkpoint(hf, tmp_path / "megatron").path
+    if importlib.util.find_spec("accelerate") is None:  # transformers dequantises with it only
+        with pytest.raises(GateError, match="requires accelerate"):
+            compare(hf, megatron)
+        return
+    report = compare(hf, megatron)
+    assert report["gate"]["passed"], report["gate"]
+    assert report["reload"]["passed"], report["reload"]
 
 
 def test_dtype_without_thresholds_is_refused(llama: Path) -> None:
