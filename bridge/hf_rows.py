@@ -136,6 +136,10 @@ def cast(tensor: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
     if tensor.dtype == target:
         return tensor
     found = tensor.to(target)
+    # One pass without a copy; only if it finds a value that is too large, or none that is a number, a mask.
+    least, most = torch.aminmax(tensor)
+    if torch.maximum(-least, most) <= torch.finfo(target).max:
+        return found
     if bool((found.isinf() & tensor.isfinite()).any()):
         raise CoverageError(f"{name!r} holds values that overflow in {dtype}: choose another dtype")
     return found

@@ -10,6 +10,7 @@ import os
 import struct
 import zipfile
 import zlib
+from functools import cache
 from typing import Any, NamedTuple
 
 from bridge.dtypes import FROM_STORAGE, ITEM_SIZES, TO_STORAGE
@@ -76,6 +77,7 @@ class TensorItem:
         return last + _directory(entries, offset + len(last))
 
 
+@cache  # a model has few shapes and, with experts, very many tensors
 def _describe(shape: tuple[int, ...], dtype: str) -> bytes:
     """Pickle a contiguous tensor as torch does: a call that rebuilds it from the storage named "0"."""
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

@@ -48,11 +48,11 @@ def test_says_how_much_memory_is_enough(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_torch_path_keeps_to_its_memory(tmp_path: Path) -> None:
-    """4.5 GB of float32 cast to bfloat16 in less than 600 MiB, most of which is torch itself."""
+    """4.5 GB of float32 cast to bfloat16 in less than a GiB, most of which is torch itself."""
     source = make_model(tmp_path / "hf", {**CONFIG_VALUES, "num_hidden_layers": 10, "dtype": "float32"})
-    assert (source / "model.safetensors").stat().st_size > 6 * 600 * MIB
-    imported, _ = both_ways(source, "600MiB", "--dtype", "bfloat16")
-    assert imported.peak_mib < 600
+    assert (source / "model.safetensors").stat().st_size > 4 * 1024 * MIB
+    imported, _ = both_ways(source, "1GiB", "--dtype", "bfloat16")
+    assert imported.peak_mib < 1024
 
 
 EXPERTS: dict[str, Any] = {
