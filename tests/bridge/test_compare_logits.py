@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bridge import compare_logits, distributed
 from bridge.errors import ConfigError, GateError
+from bridge.families import families
 from bridge.importer import import_checkpoint
 
 Weights = dict[str, torch.Tensor]
@@ -189,6 +190,17 @@ def test_experts_on_two_ranks_say_what_transformers_says(
     assert report["gate"]["passed"], report
     assert report["hidden_states"]["passed"], report
     assert report["num_positions"] == 8
+
+
+@pytest.mark.parametrize("family", families())
+def test_every_family_agrees_at_each_layer(
+    family: str, hf_checkpoint: Callable[..., Path], megatron_checkpoint: Callable[..., Path]
+) -> None:
+    report = compare(hf_checkpoint(family), megatron_checkpoint(family))
+    assert report["gate"]["passed"], report["gate"]
+    assert report["hidden_states"]["passed"], report["hidden_states"]
+    assert report["reload"]["passed"], report["reload"]
+    assert len(report["hidden_states"]["by_layer"]) == report["hidden_states"]["num_layers"] + 1 > 2
 
 
 def quantised(source: Path, folder: Path, block: int = 16) -> Path:
