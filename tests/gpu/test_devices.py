@@ -25,6 +25,14 @@ pytestmark = pytest.mark.gpu
 
 # Transformer Engine's fused attention wants heads of 64 or 128.
 GPU_SIZES = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+LATENT_GPU_SIZES = {
+    "head_dim": None,
+    "num_key_value_heads": 4,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+FAMILY_GPU_SIZES = {"deepseek_v2": LATENT_GPU_SIZES, "deepseek_v3": LATENT_GPU_SIZES}
 
 
 def run_job(
@@ -54,7 +62,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
     def get(family: str) -> tuple[Path, Path]:
         hf, megatron = root / family / "hf", root / family / "megatron"
         if not megatron.exists():
-            make_hf_checkpoint(hf, family, **GPU_SIZES)
+            make_hf_checkpoint(hf, family, **{**GPU_SIZES, **FAMILY_GPU_SIZES.get(family, {})})
             import_checkpoint(hf, megatron)
         return hf, megatron
 
