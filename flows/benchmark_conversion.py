@@ -152,21 +152,30 @@ def through_a_model(source: Path, megatron: Path, folder: Path) -> dict[str, Mea
     return found
 
 
+# Started from a small process: a child counts as its own what its parent had in memory when it was forked.
+START = """
+import json, os, sys, time
+began = time.perf_counter()
+process = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(process, 0)
+values = time.perf_counter() - began, usage.ru_maxrss, os.waitstatus_to_exitcode(status)
+with open(sys.argv[1], "w") as file:
+    json.dump(values, file)
+"""
+
+
 def run_process(command: list[str]) -> Measured:
     """Run a command to its end; a failure is an error with what it said."""
-    began = time.perf_counter()
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - began
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            said.seek(0)
-            raise BridgeworksError(
-                f"{' '.join(command)} failed: {said.read()[-2000:].decode(errors='replace')}"
-            )
+    with tempfile.NamedTemporaryFile("r") as report:
+        start = [sys.executable, "-S", "-c", START, report.name, *command]
+        said = subprocess.run(
+            start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+        ).stdout
+        seconds, peak, code = json.load(report)
+    if code:
+        raise BridgeworksError(f"{' '.join(command)} failed: {said[-2000:]}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Measured(seconds, usage.ru_maxrss * unit / MIB)
+    return Measured(seconds, peak * unit / MIB)
 
 
 def _median(measured: list[Measured]) -> Measured:
