@@ -28,7 +28,8 @@ def check_hf_coverage(plan: WeightPlan, checkpoint: HfCheckpoint) -> None:
         _check_dtype(name, found[name].dtype, where)
     for copy, original in plan.tied.items():
         if copy in found:
-            _check_copy(copy, found[copy], original, found[original])
+            reason = IN_PREDICTION if copy in plan.copies else BY_CONFIG
+            _check_copy(copy, found[copy], original, found[original], reason)
 
 
 def check_megatron_coverage(plan: WeightPlan, stored: dict[str, StoredTensor], where: str) -> None:
@@ -60,15 +61,16 @@ def _check_dtype(name: str, dtype: str, where: str) -> None:
         raise CoverageError(f"{where}: {name!r} has dtype {dtype}: allowed are {', '.join(WEIGHT_DTYPES)}")
 
 
-def _check_copy(name: str, tensor: HfTensor, original_name: str, original: HfTensor) -> None:
+BY_CONFIG = "with which config.json ties it: set tie_word_embeddings to false if the weights are right"
+IN_PREDICTION = "of which Megatron's multi-token prediction can only use a copy"
+
+
+def _check_copy(name: str, tensor: HfTensor, original_name: str, original: HfTensor, reason: str) -> None:
     """A tied tensor that is stored as well must be the same, or one of the two would be lost."""
     stored, others = stored_slices(tensor), stored_slices(original)
     same = (tensor.shape, tensor.dtype, len(stored)) == (original.shape, original.dtype, len(others))
     if not same or not all(map(_equal_bytes, stored, others)):
-        raise CheckpointError(
-            f"{stored[0].file}: {name!r} differs from {original_name!r}, with which config.json ties it:"
-            " set tie_word_embeddings to false if the weights are right"
-        )
+        raise CheckpointError(f"{stored[0].file}: {name!r} differs from {original_name!r}, {reason}")
 
 
 def _equal_bytes(a: TensorSlice, b: TensorSlice) -> bool:
