@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing, parallel_state
 
 from bridge import live_checkpoint, restricted_load
 from bridge.hf_checkpoint import side_files
-from bridge.megatron_checkpoint import LATEST, write_model
+from bridge.megatron_checkpoint import LATEST, resolve_checkpoint, write_model
 from bridge.pipeline_split import COUNTED, UNEVEN
 from bridge.pretrained import copy_model, resolve_pretrained
 from bridge.staging import SUFFIX, staged_folder
@@ -38,8 +38,19 @@ def start_or_resume(run: Run) -> None:
         load(run, last)
     elif pretrained is not None:
         run.source = resolve_pretrained(Path(pretrained))
-        live_checkpoint.load_checkpoint(run.model, run.source)
+        load_first_weights(run, run.source)
+
+
+def load_first_weights(run: Run, source: Path) -> None:
+    """Fill the model, and the optimizer's master weights, from a checkpoint that is not the run's own."""
+    if not run.config.mixed_precision.fp8_param:
+        live_checkpoint.load_checkpoint(run.model, source)
         run.optimizer.reload_model_params()
+        return
+    # FP8 weights cannot be filled in place, and the master weights must not go through FP8
+    state = restricted_load.load(live_checkpoint.model_state(run.model), resolve_checkpoint(source))
+    live_checkpoint.load_model_state(run.model, state)
+    run.optimizer.reload_model_params(state_dict=state)
 
 
 def last_checkpoint(root: Path) -> Path | None:

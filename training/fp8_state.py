@@ -30,7 +30,7 @@ def load_fp8_state(chunks: list[Any], state: dict[str, Scaling]) -> None:
     """Give the modules the scaling that they had."""
     for name, module in fp8_modules(chunks):
         if name in state:
-            start(module, get_fp8_recipe(unwrap_model(chunks[0]).config))
+            start(module, state[name], get_fp8_recipe(unwrap_model(chunks[0]).config))
             for direction, tensors in state[name].items():
                 for kind, tensor in tensors.items():
                     getattr(module.fp8_meta[direction], kind).copy_(tensor)
@@ -49,7 +49,9 @@ def started(module: Any) -> bool:
     return all(hasattr(module.fp8_meta.get(direction), "amax_history") for direction in DIRECTIONS)
 
 
-def start(module: Any, recipe: Any) -> None:
+def start(module: Any, saved: Scaling, recipe: Any) -> None:
+    """Make a module's tensors before its first pass does: three for each of its matrix products forward."""
+    module.fp8_meta["num_gemms"] = saved["scaling_fwd"]["scale"].numel() // 3
     module.fp8_meta["recipe"] = recipe
     module.init_fp8_meta_tensors(recipe)
 

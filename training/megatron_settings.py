@@ -55,12 +55,17 @@ def transformer_settings(config: ConfigContainer) -> TransformerConfig:
 def ddp_settings(config: ConfigContainer) -> DistributedDataParallelConfig:
     """Return the config of Megatron's data parallelism."""
     return DistributedDataParallelConfig(
-        **values(config.ddp),
+        **{**values(config.ddp), "check_for_nan_in_grad": checks_gradients(config)},
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=config.mixed_precision.grad_reduce_in_fp32,
         fp8_param_gather=config.mixed_precision.fp8_param,
         delay_wgrad_compute=config.comm_overlap.delay_wgrad_compute,
     )
+
+
+def checks_gradients(config: ConfigContainer) -> bool:
+    """Say whether a gradient that is no number ends the run; in fp16 it lowers the loss scale instead."""
+    return config.ddp.check_for_nan_in_grad and not config.mixed_precision.fp16
 
 
 def optimizer_settings(config: ConfigContainer) -> OptimizerConfig:

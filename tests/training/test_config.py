@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -58,6 +59,24 @@ def test_unknown_names_are_refused(value, message):
         ({"train.train_iters": 10, "scheduler.lr_warmup_iters": 10}, 1, "give 0 to 9"),
         ({"optimizer.min_lr": 1.0}, 1, "optimizer.min_lr is 1.0"),
         ({"dataset.blend": [["a"], [1.0, 2.0]]}, 1, "2 weights for 1 paths"),
+        ({"train.manual_gc_interval": 0}, 1, "train.manual_gc_interval is 0"),
+        ({"mixed_precision.fp16": True}, 1, "both true"),
+        ({"optimizer.exp_avg_dtype": "int8"}, 1, "allowed are float32, float16"),
+        ({"optimizer.exp_avg_dtype": "bfloat16"}, 1, "needs optimizer.use_precision_aware_optimizer"),
+        ({"comm_overlap.tp_comm_overlap": True}, 1, "hides the messages of sequence parallelism"),
+        ({"comm_overlap.defer_embedding_wgrad_compute": True}, 1, "needs pipeline_model_parallel_size > 1"),
+        ({"ddp.overlap_param_gather": True}, 1, "needs ddp.overlap_grad_reduce"),
+        ({"model.recompute_modules": ["mlp"]}, 1, "needs model.recompute_granularity selective"),
+        ({"model.recompute_granularity": "full"}, 1, "needs model.recompute_method"),
+        ({"model.cpu_offloading": True}, 1, "cpu_offloading_num_layers is 0: give 1 to 15"),
+        ({"profiling.profile_step_end": 5}, 1, "an end after it"),
+        ({"profiling.use_pytorch_profiler": True}, 1, "profiling.output is null"),
+        ({"model.num_layers_in_first_pipeline_stage": 2}, 1, "more than one pipeline stage"),
+        (
+            {"model.pipeline_model_parallel_size": 2, "model.pipeline_model_parallel_layout": "Et*3|tL"},
+            2,
+            "has 4 layers in 2 stages, but the model 16 in 2",
+        ),
         (
             {
                 "model.pipeline_model_parallel_size": 4,
@@ -87,10 +106,35 @@ def test_names_are_megatrons():
 
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer import TransformerConfig
+
+    from training.megatron_settings import FP8_FIELDS, LOSS_SCALE_FIELDS
+    from training.run_settings import FUSIONS
 
     def names(section: type) -> set[str]:
         return {field.name for field in dataclasses.fields(section)}
 
+    def types(section: type) -> dict[str, set[str]]:
+        return {field.name: type_names(field.type) for field in dataclasses.fields(section)}
+
+    def type_names(hint: object) -> set[str]:
+        """Split a hint into plain types: Optional[int] and int | None are the same; Literals are strings."""
+        text = hint.__name__ if isinstance(hint, type) else str(hint)
+        found = set(re.findall(r"\b(bool|int|float|str|None|Optional|Literal|dtype)\b", text))
+        spelt = {"Optional": "None", "Literal": "str", "dtype": "str"}
+        return {spelt.get(name, name) for name in found}
+
     sections = ConfigContainer(model=GPTModelProvider())
+    precision = names(type(sections.mixed_precision))
     assert names(type(sections.optimizer)) <= names(OptimizerConfig)
     assert names(type(sections.ddp)) <= names(DistributedDataParallelConfig)
+    assert names(type(sections.comm_overlap)) <= names(TransformerConfig)
+    assert set(FP8_FIELDS) | set(LOSS_SCALE_FIELDS) | {"bf16", "fp16", "grad_reduce_in_fp32"} == precision
+    assert set(FUSIONS) <= names(TransformerConfig) & names(GPTModelProvider)
+    for section, megatron in (
+        (sections.optimizer, OptimizerConfig),
+        (sections.ddp, DistributedDataParallelConfig),
+        (sections.comm_overlap, TransformerConfig),
+    ):
+        for name, found in types(type(section)).items():
+            assert found <= types(megatron)[name], name
