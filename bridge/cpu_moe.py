@@ -45,7 +45,7 @@ def pad_uneven_messages() -> None:
         if sizes is None or group.size() == 1:
             return gather_even(tensor, group, None, use_global_buffer)
         longest = max(int(size) for size in sizes)
-        parts = gather_even(padded(tensor, longest), group).split(longest)
+        parts = gather_even(padded(tensor, longest), group).unflatten(0, (len(sizes), longest))
         return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
 
     def scatter(

@@ -24,4 +24,6 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     gathered = gather_from_sequence_parallel_region(part, group=group, output_split_sizes=SIZES)
     scattered = reduce_scatter_to_sequence_parallel_region(gathered, group, SIZES)
     (scattered * (rank + 1)).sum().backward()
+    empty = gather_from_sequence_parallel_region(part[:0], group=group, output_split_sizes=[0, 0])
+    assert empty.shape == (0, 2)
     return {"gathered": gathered.tolist(), "scattered": scattered.tolist(), "gradient": part.grad.tolist()}
