@@ -1,5 +1,6 @@
 """A job of the tests: every family in every layout of two ranks, against transformers and the files."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,13 @@ def largest_difference(checkpoint: HfCheckpoint, provider: GPTModelProvider) -> 
     found = megatron_logits(model, provider, PROMPTS)
     if torch.distributed.get_rank() != 0:
         return 0.0
-    expected = hf_logits(checkpoint.path, PROMPTS, "float32")
+    expected = expected_logits(checkpoint.path)
     return max((a - b).abs().max().item() for a, b in zip(found, expected, strict=True))
+
+
+@functools.cache
+def expected_logits(folder: Path) -> list[torch.Tensor]:
+    return hf_logits(folder, PROMPTS, "float32")
 
 
 def gradient_difference(checkpoint: HfCheckpoint, provider: GPTModelProvider) -> float:
@@ -129,6 +135,7 @@ def forward_step(batches: Any, model: torch.nn.Module) -> tuple[torch.Tensor, An
     return model(tokens, positions, None, labels=labels), lambda losses: (losses.mean(), {})
 
 
+@functools.cache
 def hf_gradients(folder: Path) -> dict[str, torch.Tensor]:
     if AutoConfig.from_pretrained(folder).to_dict().get("num_nextn_predict_layers"):
         return prediction_losses.gradients(folder, TOKENS, LABELS)
