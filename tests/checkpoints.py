@@ -42,7 +42,7 @@ LATENT_ATTENTION = {
     "num_key_value_heads": 8,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
+    "qk_rope_head_dim": 16,
     "v_head_dim": 12,
     # other than that of the latents' norms
     "rms_norm_eps": 1e-2,
@@ -55,7 +55,7 @@ LATENT_ATTENTION = {
         "rope_type": "yarn",
         "rope_theta": 500.0,
         "factor": 4.0,
-        "original_max_position_embeddings": 16,
+        "original_max_position_embeddings": 128,
         "beta_fast": 8,
         "beta_slow": 1,
         "mscale": 0.7,

@@ -58,7 +58,7 @@ LATENT_CHANGES = {
     "q_lora_rank": 40,
     "kv_lora_rank": 40,
     "qk_nope_head_dim": 20,
-    "qk_rope_head_dim": 16,
+    "qk_rope_head_dim": 24,
     "v_head_dim": 20,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
