@@ -225,7 +225,7 @@ def test_a_changed_field_is_exported_with_its_new_value() -> None:
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "high_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "ramp": 1}}, "ramp"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ({"torch_dtype": "int8"}, "int8"),
         ({"hidden_size": None}, "hidden_size"),
