@@ -8,7 +8,23 @@ from tasks.lineage import Metric
 from tasks.step import StepContext
 from training.metrics import read_metrics
 
-CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "validation_loss")
+CURVES = (
+    "loss",
+    "validation_loss",
+    "learning_rate",
+    "grad_norm",
+    "seconds",
+    "tokens_per_second",
+    "tokens_per_second_per_gpu",
+    "tflops_per_gpu",
+    "peak_share",
+    "peak_memory_gib",
+    "data_seconds",
+    "forward_seconds",
+    "backward_seconds",
+    "optimizer_seconds",
+    "checkpoint_seconds",
+)
 SECONDS_BETWEEN_READS = 2.0
 
 

@@ -24,7 +24,8 @@ class Metrics(pa.DataFrameModel):
     iteration: int = pa.Field(ge=1, unique=True)
     loss: float = pa.Field(nullable=False)
     learning_rate: float = pa.Field(ge=0)
-    grad_norm: float = pa.Field(ge=0)
+    # none where fp16 gradients overflowed
+    grad_norm: float = pa.Field(ge=0, nullable=True)
     tokens_per_second: float = pa.Field(gt=0)
     consumed_samples: int = pa.Field(ge=1)
 

@@ -18,6 +18,7 @@ from training import data
 from training.config import ConfigContainer
 from training.megatron_settings import ddp_settings, optimizer_settings, transformer_settings
 from training.stopwatch import Stopwatch
+from training.user_buffers import start_user_buffers
 
 ForwardStep = Callable[[Iterator[data.Batch], torch.nn.Module], tuple[torch.Tensor, Callable]]
 
@@ -57,6 +58,7 @@ def set_up(config: ConfigContainer, forward_step: ForwardStep) -> Run:
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
+    start_user_buffers(config)
     chunks = build_model(config)
     optimizer = build_optimizer(config, chunks)
     return Run(config, forward_step, chunks, optimizer, build_scheduler(config, optimizer))
