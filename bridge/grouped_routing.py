@@ -102,7 +102,7 @@ class GroupLimit(ConfigRule):
 class GreedyGroupLimit(GroupLimit):
     """The same where `topk_method` says whether there is such a limit (DeepSeek-V2)."""
 
-    keys = ("n_group", "topk_group", "topk_method")
+    keys = ("n_group", "topk_group", "topk_method")  # type: ignore[assignment]
 
     def read(self, config: Config) -> dict[str, Any]:
         method = config.get("topk_method", "greedy")

@@ -80,7 +80,7 @@ class NormedColumnParallelLinear(ColumnParallelLinear):
         device = torch.cuda.current_device()
         weight = torch.ones(input_size, dtype=config.params_dtype, device=device)
         self.layer_norm_weight = torch.nn.Parameter(weight)
-        self.layer_norm_weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.layer_norm_weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, input_: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         normed = functional.rms_norm(input_, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps)

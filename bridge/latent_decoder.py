@@ -23,8 +23,8 @@ class Derived(ConfigRule):
         return (self.key,)
 
     def read(self, config: Config) -> dict[str, Any]:
-        given, parts = config.get(self.key), [config.get(part) for part in self.parts]
-        if given is not None and None not in parts and given != sum(parts):
+        given, parts = config.get(self.key), [config[part] for part in self.parts if part in config]
+        if given is not None and len(parts) == len(self.parts) and given != sum(parts):
             raise UnsupportedModelError(
                 f"config.json has {self.key} {given!r}: in this family it is {' + '.join(self.parts)},"
                 f" which is {sum(parts)}"

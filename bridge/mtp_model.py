@@ -18,6 +18,8 @@ class PredictingGPTModel(GPTModel):
     prediction layers for nothing without.
     """
 
+    config: TransformerConfig
+
     def _postprocess(self, *, labels: Tensor | None, mtp_in_postprocess: bool, **options: Any) -> Tensor:
         if labels is not None:
             return super()._postprocess(labels=labels, mtp_in_postprocess=mtp_in_postprocess, **options)
