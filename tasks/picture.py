@@ -44,7 +44,7 @@ def _lines(
 ) -> None:
     # what is no number, or has no end, has no place on an axis
     shown = rows[value].clip(lower=SMALLEST).where(rows[value].map(math.isfinite))
-    heights = [*shown.dropna(), threshold]
+    heights = [each for each in (*shown, threshold) if math.isfinite(each)] or [SMALLEST]
     axes.set(yscale="log", ylim=(min(heights) / 3, max(heights) * 3))
     axes.grid(alpha=0.3)
     groups = rows.groupby("prompt")

@@ -9,8 +9,8 @@ from tasks.picture import draw_differences
 from tasks.tables import Layers, Logits, checked
 
 
-def verdicts(parts_at: int | None) -> list[dict]:
-    logits = {"metrics": {"scale": 3.0}, "thresholds": {"max_abs": 3e-4}, "dtype": "float32"}
+def verdicts(parts_at: int | None, scale: float) -> list[dict]:
+    logits = {"metrics": {"scale": scale}, "thresholds": {"max_abs": 1e-4 * scale}, "dtype": "float32"}
     hidden = {"thresholds": {"relative": 1e-4}, "parts_at": parts_at}
     passed = parts_at is None
     return [
@@ -19,12 +19,13 @@ def verdicts(parts_at: int | None) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-3, float("nan")])
+@pytest.mark.parametrize("value", [0.0, 1e-3, float("nan"), float("inf")])
 def test_draws_positions_and_layers(value: float, tmp_path: Path) -> None:
     about = {"top1": 1, "top1_other": 1, "top5_shared": 1.0, "cosine": 1.0, "mean_abs": 0.0, "kl": 0.0}
     positions = [{"prompt": 0, "position": n, "token": 1, "max_abs": value, **about} for n in range(3)]
+    share = value if value < 1 else float("nan")
     layers = [
-        {"prompt": 0, "layer": n, "relative": value, "relative_mean": value}
+        {"prompt": 0, "layer": n, "relative": share, "relative_mean": share}
         | {"worst_position": 0, "max_abs": value}
         for n in range(3)
     ]
@@ -32,7 +33,7 @@ def test_draws_positions_and_layers(value: float, tmp_path: Path) -> None:
     draw_differences(
         checked(Logits, positions, "positions"),
         checked(Layers, layers, "layers"),
-        verdicts(parts_at),
+        verdicts(parts_at, scale=3.0 + value),
         tmp_path / "differences.png",
     )
     assert matplotlib.image.imread(tmp_path / "differences.png").std() > 0
