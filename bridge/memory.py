@@ -44,7 +44,6 @@ class MemoryLimit:
         workers = min(workers, (self.limit - used) // least)
         return workers, min((self.limit - used) // workers, most)
 
-
     def _peak_until_now(self) -> int:
         """Importing torch takes more for a moment than it keeps: measured, 640 MiB and 500 MiB."""
         peak = peak_bytes()
