@@ -58,6 +58,12 @@ def layers_of_stage(config: TransformerConfig, vp_stage: int | None) -> Sequence
 def one_layer(provider: GPTModelProvider, config: TransformerConfig, experts: bool) -> ModuleSpec:
     """Return the modules of a layer with or without experts."""
     engine = uses_transformer_engine(provider)
+    if experts and provider.add_bias_linear and not engine and torch.cuda.is_available():
+        # bridge.cpu_moe mends on the CPU what Megatron's local modules do to gradients of these biases
+        raise ConfigError(
+            "experts with biases need Transformer Engine on a GPU: install the extra 'gpu' and set"
+            " model.transformer_impl to 'auto'"
+        )
     options = {
         "num_experts": provider.num_moe_experts if experts else None,
         "qk_layernorm": provider.qk_layernorm,
