@@ -4,7 +4,14 @@ from typing import Any
 
 from bridge.errors import ConfigError
 from bridge.families import provider_of
-from training.config import ConfigContainer, DatasetConfig, OptimizerConfig, SchedulerConfig, TrainingConfig
+from training.config import (
+    ConfigContainer,
+    DatasetConfig,
+    DistributedDataParallelConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TrainingConfig,
+)
 from training.overrides import apply_overrides, override_names
 from training.parallel_plan import gpu_named, plan_parallel
 
@@ -48,6 +55,7 @@ def pretrain_config(
         optimizer=OptimizerConfig(lr=lr, min_lr=lr / 10),
         scheduler=SchedulerConfig(lr_warmup_iters=min(2000, changes.get("train_iters", TRAIN_ITERS) // 10)),
         dataset=DatasetConfig(mock=True),
+        ddp=DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True),
     )
     config = apply_overrides(config, {dotted_name(config, name): value for name, value in changes.items()})
     return with_parallelism(config, **planned) if planned else config

@@ -37,8 +37,20 @@ def curve(folder: Path, key: str = "loss") -> dict[int, float]:
 @pytest.fixture(scope="session")
 def bf16(small_model: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:  # noqa: F811
     folder = tmp_path_factory.mktemp("bf16")
-    run_job("training.pretrain", precise_job(small_model, folder, 20, "bf16_mixed"), folder / "job")
+    job = precise_job(small_model, folder, 20, "bf16_mixed")
+    job["config"]["logger"]["tensorboard_dir"] = str(folder / "tensorboard")
+    run_job("training.pretrain", job, folder / "job")
+    check_tensorboard(folder)
     return curve(folder)
+
+
+def check_tensorboard(folder: Path) -> None:
+    """The machines with GPUs have the package tensorboard, the others need not."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    shown = {event.step: event.value for event in events.Scalars("loss")}
+    assert shown == pytest.approx(curve(folder), rel=1e-6)
 
 
 @pytest.mark.parametrize(

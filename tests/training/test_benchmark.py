@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,12 +34,23 @@ def test_arguments_are_overrides():
     assert (config.train.train_iters, config.train.micro_batch_size) == (4, 1)
     assert (config.model.tensor_model_parallel_size, config.optimizer.lr) == (2, 1.0)
     assert not config.mixed_precision.bf16
-    with pytest.raises(ConfigError, match="did you mean 'optimizer.lr'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'optimizer.lr'"):
         configure("optimizer.rl=1")
 
 
-def test_a_single_process_measures_and_profiles(tmp_path):
-    text, result = run(arguments=["--profile", str(tmp_path), "logger.peak_tflops=10"])
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("profile")
+
+
+@pytest.fixture(scope="module")
+def alone(profile) -> tuple[str, dict]:
+    """What a single process prints, and its numbers."""
+    return run(arguments=["--profile", str(profile), "logger.peak_tflops=10"])
+
+
+def test_a_single_process_measures_and_profiles(alone, profile):
+    text, result = alone
     assert "tokens_per_second_per_gpu" in text
     assert (result["gpus"], result["device"], len(result["losses"])) == (1, "cpu", 4)
     assert result["tokens_per_second"] == pytest.approx(4 * 32 / result["seconds"], rel=0.5)
@@ -47,15 +59,14 @@ def test_a_single_process_measures_and_profiles(tmp_path):
     assert all(result[part] > 0 for part in parts)
     assert sum(result[part] for part in parts) < 1.5 * result["seconds"]
     assert 1 < result["seconds_to_first_step"] < 100
-    assert {path.name for path in tmp_path.iterdir()} == {"rank0.operations.txt", "rank0.trace.json.gz"}
+    assert {path.name for path in profile.iterdir()} == {"rank0.operations.txt", "rank0.trace.json.gz"}
 
 
-def test_ranks_share_the_work():
+def test_ranks_share_the_work(alone):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    _, alone = run(arguments=[])
     _, shared = run(*launcher, arguments=["--tensor", "2"])
     assert shared["gpus"] == 2
-    assert shared["losses"][0] == pytest.approx(alone["losses"][0], rel=0.01)  # other random weights
+    assert shared["losses"][0] == pytest.approx(alone[1]["losses"][0], rel=0.01)  # other random weights
 
 
 def test_tokens_do_not_depend_on_the_run():

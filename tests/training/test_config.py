@@ -65,7 +65,7 @@ def test_unknown_names_are_refused(value, message):
         ({"optimizer.exp_avg_dtype": "bfloat16"}, 1, "needs optimizer.use_precision_aware_optimizer"),
         ({"comm_overlap.tp_comm_overlap": True}, 1, "hides the messages of sequence parallelism"),
         ({"comm_overlap.defer_embedding_wgrad_compute": True}, 1, "needs pipeline_model_parallel_size > 1"),
-        ({"ddp.overlap_param_gather": True}, 1, "needs ddp.overlap_grad_reduce"),
+        ({"ddp.overlap_grad_reduce": False}, 1, "overlap_param_gather needs ddp.overlap_grad_reduce"),
         ({"model.recompute_modules": ["mlp"]}, 1, "needs model.recompute_granularity selective"),
         ({"model.recompute_granularity": "full"}, 1, "needs model.recompute_method"),
         ({"model.cpu_offloading": True}, 1, "cpu_offloading_num_layers is 0: give 1 to 15"),

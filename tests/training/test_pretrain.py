@@ -27,6 +27,12 @@ LAYOUTS = {
         "model.pipeline_model_parallel_size": 2,
         "model.virtual_pipeline_model_parallel_size": 2,
     },
+    "pp2 vpp2 overlapped": {
+        "model.pipeline_model_parallel_size": 2,
+        "model.virtual_pipeline_model_parallel_size": 2,
+        "ddp.overlap_grad_reduce": True,
+        "ddp.overlap_param_gather": True,
+    },
     "dp2": {},
     "dp2 overlapped": {"ddp.overlap_grad_reduce": True, "ddp.overlap_param_gather": True},
     "pp2 uneven": {
