@@ -130,6 +130,7 @@ def measure(source: Path, rounds: int, workers: int, with_model: bool) -> dict[s
         for path in (megatron, hf, copy):
             shutil.rmtree(path, ignore_errors=True)
         for name, step, path in steps:
+            os.sync()  # or a process would be slowed down by what the one before it has written
             measured = run_process(step)
             if number:  # the first round warms the page cache
                 found[name].append(measured)
