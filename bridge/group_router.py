@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from bridge.errors import ConfigError
+from bridge.expert_router import ExpertRouter
 from bridge.provider import GPTModelProvider
 
 
@@ -18,7 +18,7 @@ def needs_group_router(provider: GPTModelProvider) -> bool:
     return provider.moe_router_topk // provider.moe_router_group_topk != provider.moe_router_group_members
 
 
-class GroupRouter(TopKRouter):
+class GroupRouter(ExpertRouter):
     """Megatron's router with groups that count by the sum of their best `members` experts' scores."""
 
     def __init__(self, config: Any, *args: Any, members: int, **options: Any) -> None:

@@ -1,6 +1,7 @@
 """Changes to Megatron Core's layer specs for what a provider asks for and no spec of Megatron's has."""
 
 from functools import partial
+from typing import Any
 
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
@@ -8,6 +9,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from bridge.core_attention import CoreAttention
+from bridge.expert_router import ExpertRouter
 from bridge.group_router import GroupRouter, needs_group_router
 from bridge.latent_attention import use_latent_attention
 from bridge.norms import AllHeadsRMSNorm
@@ -33,9 +35,14 @@ def add_features(layer: ModuleSpec, provider: GPTModelProvider, transformer_engi
         remove_pre_norms(layer, transformer_engine)
     if provider.multi_latent_attention:
         use_latent_attention(layer, provider, transformer_engine)
-    if layer.submodules.mlp.module is MoELayer and needs_group_router(provider):
-        router = partial(GroupRouter, members=provider.moe_router_group_members)
-        layer.submodules.mlp.submodules.router = router
+    if layer.submodules.mlp.module is MoELayer:
+        layer.submodules.mlp.submodules.router = router_of(provider)
+
+
+def router_of(provider: GPTModelProvider) -> Any:
+    if needs_group_router(provider):
+        return partial(GroupRouter, members=provider.moe_router_group_members)
+    return ExpertRouter
 
 
 def norm_of_all(heads: str) -> ModuleSpec:
