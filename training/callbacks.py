@@ -1,8 +1,8 @@
-"""What happens around the iterations of a run: metrics, validation, stopping, checkpoints."""
+"""What happens around the iterations of a run: metrics, validation, stopping."""
 
 import gc
+import math
 import signal
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from bridge.distributed import device
-from training import checkpoint
+from training.faults import SKIP, Fault
+from training.heartbeat import EVALUATION, BeatingData
 from training.metrics import append_metrics, close_torn_line
 from training.pipeline import run_batch
 from training.setup import Run, iterators, whole_parameters
@@ -27,12 +28,22 @@ class Step:
     # None: the gradients overflowed in fp16, and nothing was updated
     grad_norm: float | None
     seconds: float
+    # what is wrong with the iteration, and whether it was left out for it
+    fault: Fault | None = None
     # seconds by part, as the stopwatch names them
     spans: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_skipped(self) -> bool:
+        """Say whether the iteration was left out."""
+        return self.fault is not None and self.fault.policy == SKIP
 
 
 class Callback:
     """Does something before the first iteration and after each one, on every rank."""
+
+    # whether it may take longer than the hang timeout
+    takes_long = False
 
     def before_training(self, run: Run) -> None:
         """Prepare; the run has been loaded."""
@@ -42,6 +53,9 @@ class Callback:
 
     def after_training(self, run: Run) -> None:
         """Tidy up after the last iteration, unless an error ended the run."""
+
+    def after_failure(self, run: Run) -> None:
+        """End what goes on beside training, as this rank has failed and the others may be anywhere."""
 
 
 class MetricsLog(Callback):
@@ -120,22 +134,6 @@ class GarbageCollection(Callback):
         gc.enable()
 
 
-class Checkpoints(Callback):
-    """Saves at intervals, at the end and before the run stops."""
-
-    def after_step(self, run: Run, step: Step) -> None:
-        if run.config.checkpoint.save is None:
-            return
-        if run.should_stop or is_due(run, run.config.checkpoint.save_interval):
-            started = time.monotonic()
-            folder = checkpoint.save(run)
-            seconds = time.monotonic() - started
-            if (path := metrics_path(run)) is not None:
-                append_metrics(path, {"iteration": run.iteration, "checkpoint_seconds": seconds})
-            if run.is_first_rank:
-                print(f"iteration {run.iteration}: saved {folder}", flush=True)
-
-
 def is_due(run: Run, interval: int | None) -> bool:
     """Say whether something that happens every `interval` iterations, and at the end, happens now."""
     at_end = run.iteration == run.config.train.train_iters
@@ -153,9 +151,10 @@ def metrics_of(run: Run, step: Step) -> dict[str, Any]:
     return {
         "iteration": run.iteration,
         "train_iters": train.train_iters,
-        "loss": step.loss,
+        **({"loss": step.loss} if math.isfinite(step.loss) else {}),
         "learning_rate": step.learning_rate,
-        **({"grad_norm": step.grad_norm} if step.grad_norm is not None else {}),
+        **({"grad_norm": step.grad_norm} if step.grad_norm is not None and math.isfinite(step.grad_norm) else {}),
+        **({step.fault.kind: 1, "skipped": int(step.is_skipped)} if step.fault is not None else {}),
         "seconds": step.seconds,
         "consumed_samples": run.consumed_samples,
         **throughput(run, step),
@@ -176,7 +175,7 @@ def validation_loss(run: Run, dataset: Any) -> float:
         sums = run_batch(
             run.forward_step,
             run.model,
-            iterators(run, dataset, consumed_samples=0),
+            [BeatingData(batches, run.heart, EVALUATION) for batches in iterators(run, dataset, 0)],
             num_microbatches=get_num_microbatches() * train.eval_iters,
             micro_batch_size=train.micro_batch_size,
             seq_length=run.config.model.seq_length,

@@ -1,39 +1,41 @@
-"""Checkpoints of a run: complete folders only, exact resume, from any layout into any other."""
+"""Where a run begins: its last complete checkpoint, exact in the same layout, or from any other layout."""
 
-import json
-import re
-import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import parallel_state
 
 from bridge import live_checkpoint, restricted_load
-from bridge.hf_checkpoint import side_files
-from bridge.megatron_checkpoint import LATEST, resolve_checkpoint, write_model
+from bridge.errors import BridgeworksError, CheckpointError
+from bridge.megatron_checkpoint import resolve_checkpoint
 from bridge.pipeline_split import COUNTED, UNEVEN
-from bridge.pretrained import copy_model, resolve_pretrained
-from bridge.staging import SUFFIX, staged_folder
+from bridge.pretrained import resolve_pretrained
 from training import fp8_state
+from training.checkpoint_folders import (
+    complete_checkpoints,
+    iteration_of,
+    remove_leftovers,
+    set_aside,
+    write_latest,
+)
+from training.checkpoint_record import check_files
+from training.config import ConfigContainer
+from training.optimizer_groups import fit_groups
 from training.random_state import set_random_state, sharded_random_state
-from training.setup import Run, whole_parameters
+from training.resume_checks import check_resume
+from training.setup import Run
 
-RUN_CONFIG = "run_config.json"
-REMOVED = ".removed"
 DELAYED = "delayed"
 SPLIT_FIELDS = ("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout", *UNEVEN, *COUNTED)
-BYTES_PER_PARAMETER = 16  # the weight, its fp32 master and two fp32 moments, at most
 # every optimizer tensor has the shape of its parameter, so that any layout can load it
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 def start_or_resume(run: Run) -> None:
     """Load the run's last complete checkpoint, else the weights that it starts from, else nothing."""
-    root = run.config.checkpoint.save
     pretrained = run.config.checkpoint.pretrained_checkpoint
-    last = last_checkpoint(Path(root)) if root else None
+    last = last_checkpoint(run.config) if run.config.checkpoint.save else None
     if last is not None:
         load(run, last)
     elif pretrained is not None:
@@ -53,51 +55,50 @@ def load_first_weights(run: Run, source: Path) -> None:
     run.optimizer.reload_model_params(state_dict=state)
 
 
-def last_checkpoint(root: Path) -> Path | None:
-    """Return the first rank's choice on every rank, after what a killed run left has been removed."""
-    choice: list[Path | None] = [None]
+def last_checkpoint(config: ConfigContainer) -> Path | None:
+    """Return the first rank's choice on every rank, or raise its error there."""
+    choice: list[Path | BridgeworksError | None] = [None]
     if torch.distributed.get_rank() == 0:
-        remove_leftovers(root)
-        choice = [*complete_checkpoints(root)[-1:], None][:1]
+        choice = [answer_or_error(config)]
     torch.distributed.broadcast_object_list(choice, src=0)
+    if isinstance(choice[0], BridgeworksError):
+        raise choice[0]
     return choice[0]
 
 
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Return the iteration folders in order; they get these names only when everything is in them."""
-    found = root.iterdir() if root.is_dir() else ()
-    return sorted((path for path in found if re.fullmatch(r"iter_\d{7,}", path.name)), key=iteration_of)
+def answer_or_error(config: ConfigContainer) -> Path | BridgeworksError | None:
+    try:
+        return choose_checkpoint(config)
+    except BridgeworksError as error:
+        return error
 
 
-def iteration_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("iter_"))
+def choose_checkpoint(config: ConfigContainer) -> Path | None:
+    """Return the newest checkpoint, whole and of the same data and model, after removing what is none.
+
+    A damaged one is a CheckpointError, or set aside if the config says so.
+    """
+    root = Path(str(config.checkpoint.save))
+    remove_leftovers(root)
+    for folder in reversed(complete_checkpoints(root)):
+        if is_whole(folder, config.checkpoint.fall_back_if_damaged):
+            check_resume(config, folder)
+            write_latest(root, iteration_of(folder))
+            return folder
+    return None
 
 
-def remove_leftovers(root: Path) -> None:
-    """Remove what a killed run was writing or removing."""
-    for path in root.glob("iter_*"):
-        if path.name.endswith((SUFFIX, REMOVED)):
-            shutil.rmtree(path)
-
-
-def save(run: Run) -> Path:
-    """Save the run; the folder gets its name when it is complete, and then becomes the latest."""
-    root = Path(str(run.config.checkpoint.save))
-    folder = root / f"iter_{run.iteration:07d}"
-    partial = folder.with_name(folder.name + SUFFIX)
-    torch.distributed.barrier()  # no rank may see the folder that another one makes
-    with staged_folder(folder, size_of(run)) if run.is_first_rank else nullcontext(partial):
-        torch.distributed.barrier()
-        with whole_parameters(run):
-            dist_checkpointing.save(state_of(run, is_loading=False), str(partial))
-        torch.distributed.barrier()
-        if run.is_first_rank:
-            describe(run, partial)
-    if run.is_first_rank:
-        write_latest(root, run.iteration)
-        remove_old(root, run.config.checkpoint.most_recent_k)
-    torch.distributed.barrier()
-    return folder
+def is_whole(folder: Path, fall_back: bool) -> bool:
+    try:
+        check_files(folder)
+    except CheckpointError as error:
+        if not fall_back:
+            raise CheckpointError(
+                f"{error}: restore it, or set checkpoint.fall_back_if_damaged to go on from the one before it"
+            ) from error
+        print(f"{error}: it is now {set_aside(folder)}", flush=True)
+        return False
+    return True
 
 
 def load(run: Run, folder: Path) -> None:
@@ -110,7 +111,7 @@ def load(run: Run, folder: Path) -> None:
         del requested[fp8_state.KEY]  # the modules' scaling starts anew, and is right after one micro-batch
     state = restricted_load.load(requested, folder)
     live_checkpoint.load_model_state(run.model, state)
-    run.optimizer.load_state_dict(state["optimizer"])
+    run.optimizer.load_state_dict(fit_groups(state["optimizer"], run.optimizer))
     run.scheduler.load_state_dict(state["opt_param_scheduler"])
     if "rng_state" in state:
         set_random_state(state["rng_state"])
@@ -148,32 +149,3 @@ def layout() -> dict[str, int]:
 def split(run: Run) -> list[Any]:
     """Return what decides which layers a pipeline stage has."""
     return [getattr(run.config.model, name) for name in SPLIT_FIELDS]
-
-
-def describe(run: Run, folder: Path) -> None:
-    """Add what export and people need: the model's description, its side files, the resolved config."""
-    if run.source is not None:
-        copy_model(run.source, folder)
-    else:
-        tokenizer = run.config.tokenizer.tokenizer_model
-        write_model(folder, run.config.model, side_files(Path(tokenizer)) if tokenizer else ())
-    (folder / RUN_CONFIG).write_text(json.dumps(run.config.to_dict(), indent=1) + "\n")
-
-
-def size_of(run: Run) -> int:
-    """Return about how many bytes a checkpoint takes."""
-    local = sum(parameter.numel() for chunk in run.model for parameter in chunk.parameters())
-    return local * run.config.model.model_parallel_size * BYTES_PER_PARAMETER
-
-
-def write_latest(root: Path, iteration: int) -> None:
-    beside = root / f"{LATEST}{SUFFIX}"
-    beside.write_text(f"{iteration}\n")
-    beside.replace(root / LATEST)
-
-
-def remove_old(root: Path, most_recent_k: int | None) -> None:
-    """Keep the newest checkpoints; the others lose their names before their files."""
-    if most_recent_k is not None:
-        for folder in complete_checkpoints(root)[:-most_recent_k]:
-            shutil.rmtree(folder.rename(folder.with_name(folder.name + REMOVED)))

@@ -101,6 +101,17 @@ class CheckpointConfig:
     most_recent_k: int | None = None
     # a Megatron folder whose weights the run starts from when `save` holds no complete checkpoint
     pretrained_checkpoint: str | None = None
+    # write checkpoints while training goes on
+    async_save: bool = False
+    # where the last checkpoint is damaged, go on from the one before it
+    fall_back_if_damaged: bool = False
+    # go on from a checkpoint although samples are not those that the run would have seen
+    allow_changed_data: bool = False
+    # export checkpoints of these iterations, and the last one, to Hugging Face folders in `export_hf`
+    export_hf: str | None = None
+    export_interval: int | None = None
+    # keep this many exports; None keeps all
+    export_most_recent_k: int | None = None
 
 
 @dataclass
@@ -109,7 +120,9 @@ class DistributedDataParallelConfig:
 
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
-    check_for_nan_in_grad: bool = True
+    # a diagnosis: every bucket is looked at before it is sent, which makes the host wait, and a gradient that
+    # is no number ends the job with its rank and bucket; `resilience.on_nan` needs none of this
+    check_for_nan_in_grad: bool = False
     bucket_size: int | None = None
     pad_buckets_for_high_nccl_busbw: bool = False
     reduce_scatter_with_fp32_accumulation: bool = False
@@ -161,6 +174,25 @@ class ProfilingConfig:
 
 
 @dataclass
+class ResilienceConfig:
+    """What to do about a loss or gradient that is no number, a loss that jumps, and ranks that hang."""
+
+    # stop: end the run, with nothing updated or saved; skip: leave the iteration out
+    on_nan: str = "stop"
+    # the same, or ignore: go on, and count it
+    on_spike: str = "ignore"
+    # a spike is a loss above so many times the median of the last losses
+    spike_factor: float = 2.0
+    spike_window: int = 100
+    spike_warmup_iters: int = 100
+    # so many iterations in a row may be left out
+    max_skipped: int = 10
+    # seconds without a sign of life from one micro-batch to the next; NCCL itself gives up after 600. Not
+    # counted: a start's first iteration, and the callbacks that write much. None: never
+    hang_timeout: float | None = 480.0
+
+
+@dataclass
 class RNGConfig:
     """The seed of weights and dropout."""
 
@@ -184,6 +216,7 @@ class ConfigContainer:
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     rng: RNGConfig = field(default_factory=RNGConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as plain JSON values."""

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from training.config import ConfigContainer
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+FAULT_POLICIES = {"on_nan": ("stop", "skip"), "on_spike": ("stop", "skip", "ignore")}
 OPTIMIZER_DTYPES = {
     "main_grads_dtype": ("float32", "bfloat16"),
     "main_params_dtype": ("float32", "float16"),
@@ -28,6 +29,8 @@ def check(config: "ConfigContainer", num_microbatches: int) -> None:
     check_overlap(config)
     check_recomputation(config)
     check_profiling(config)
+    check_resilience(config)
+    check_exports(config)
 
 
 def check_counts(config: "ConfigContainer") -> None:
@@ -38,6 +41,8 @@ def check_counts(config: "ConfigContainer") -> None:
         ("train.eval_interval", config.train.eval_interval),
         ("checkpoint.save_interval", config.checkpoint.save_interval),
         ("checkpoint.most_recent_k", config.checkpoint.most_recent_k),
+        ("checkpoint.export_interval", config.checkpoint.export_interval),
+        ("checkpoint.export_most_recent_k", config.checkpoint.export_most_recent_k),
         ("logger.log_interval", config.logger.log_interval),
     ):
         if interval is not None and interval < 1:
@@ -145,3 +150,36 @@ def check_profiling(config: "ConfigContainer") -> None:
         )
     if (profiling.use_pytorch_profiler or profiling.record_memory_history) and profiling.output is None:
         raise ConfigError("profiling.output is null: name the folder for what the profiler finds")
+
+
+def check_exports(config: "ConfigContainer") -> None:
+    checkpoint = config.checkpoint
+    if checkpoint.export_interval is None:
+        return
+    if checkpoint.export_hf is None:
+        raise ConfigError("checkpoint.export_interval needs checkpoint.export_hf, a folder for the exports")
+    if checkpoint.save_interval is None or checkpoint.export_interval % checkpoint.save_interval:
+        raise ConfigError(
+            f"checkpoint.export_interval is {checkpoint.export_interval}: give a multiple of"
+            f" checkpoint.save_interval, which is {checkpoint.save_interval}"
+        )
+
+
+def check_resilience(config: "ConfigContainer") -> None:
+    resilience = config.resilience
+    for name, allowed in FAULT_POLICIES.items():
+        value = getattr(resilience, name)
+        if value not in allowed:
+            raise ConfigError(f"resilience.{name} is {value!r}: allowed are {', '.join(allowed)}")
+    for name, least in (("spike_window", 1), ("spike_warmup_iters", 1), ("max_skipped", 0)):
+        if getattr(resilience, name) < least:
+            raise ConfigError(f"resilience.{name} is {getattr(resilience, name)}: give {least} or more")
+    if resilience.spike_factor <= 1:
+        raise ConfigError(f"resilience.spike_factor is {resilience.spike_factor}: give more than 1")
+    if resilience.hang_timeout is not None and resilience.hang_timeout < 1:
+        raise ConfigError(f"resilience.hang_timeout is {resilience.hang_timeout}: give 1 second or more, or null")
+    if resilience.on_nan == "skip" and config.ddp.check_for_nan_in_grad:
+        raise ConfigError(
+            "resilience.on_nan skip leaves gradients out that are no numbers, but ddp.check_for_nan_in_grad"
+            " ends the job at the first: set one of them to its default"
+        )

@@ -19,13 +19,13 @@ from bridge.job import write_json
 from training import checkpoint, gpt_step
 from training.callbacks import (
     Callback,
-    Checkpoints,
     GarbageCollection,
     MetricsLog,
     Step,
     StopOnSignal,
     Validation,
 )
+from training.checkpoint_callback import Checkpoints
 from training.config import ConfigContainer
 from training.data import SAMPLE_INDICES, Batch
 from training.pipeline import run_batch
@@ -98,6 +98,17 @@ def callbacks_of(run: Run, datasets: dict[str, Any]) -> list[Callback]:
 
 def train(run: Run, data_iterators: list[Iterator[Batch]], callbacks: Sequence[Callback]) -> float | None:
     """Run the iterations that remain; return the last one's loss."""
+    try:
+        return run_iterations(run, data_iterators, callbacks)
+    except BaseException:
+        for callback in callbacks:
+            callback.after_failure(run)
+        raise
+
+
+def run_iterations(
+    run: Run, data_iterators: list[Iterator[Batch]], callbacks: Sequence[Callback]
+) -> float | None:
     loss = None
     for callback in callbacks:
         callback.before_training(run)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridge.exporter import export_checkpoint
 from bridge.ledger import DIFFERENT, ONLY_A, ONLY_B, compare_ledgers, ledger
-from training.checkpoint import complete_checkpoints
+from training.checkpoint_folders import complete_checkpoints
 from training.metrics import read_metrics
 from training.pretrain import EXIT_STOPPED
 

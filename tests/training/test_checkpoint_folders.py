@@ -1,4 +1,10 @@
-from training.checkpoint import REMOVED, complete_checkpoints, remove_leftovers, remove_old, write_latest
+from training.checkpoint_folders import (
+    REMOVED,
+    complete_checkpoints,
+    remove_leftovers,
+    remove_old,
+    write_latest,
+)
 
 
 def folders(root, *names):

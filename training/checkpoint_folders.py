@@ -1,0 +1,56 @@
+"""The folders of a run's checkpoints: their names, which is the latest, and which stay."""
+
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from bridge.megatron_checkpoint import LATEST
+from bridge.staging import SUFFIX
+
+REMOVED = ".removed"
+DAMAGED = ".damaged"
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Return the iteration folders in order; they get these names only when everything is in them."""
+    found = root.iterdir() if root.is_dir() else ()
+    return sorted((path for path in found if re.fullmatch(r"iter_\d{7,}", path.name)), key=iteration_of)
+
+
+def folder_of(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}"
+
+
+def iteration_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("iter_"))
+
+
+def remove_leftovers(root: Path, suffixes: tuple[str, ...] = (SUFFIX, REMOVED)) -> None:
+    """Remove what a killed run was writing or removing."""
+    for path in root.glob("iter_*"):
+        if path.name.endswith(suffixes):
+            shutil.rmtree(path)
+
+
+def write_latest(root: Path, iteration: int) -> None:
+    """Say which checkpoint is the latest, in the file that Megatron-LM's runs have too."""
+    beside = root / f"{LATEST}{SUFFIX}"
+    beside.write_text(f"{iteration}\n")
+    beside.replace(root / LATEST)
+
+
+def remove_old(root: Path, most_recent_k: int | None, in_use: Collection[Path] = ()) -> None:
+    """Keep the newest checkpoints and those in use; the others lose their names before their files."""
+    if most_recent_k is not None:
+        for folder in complete_checkpoints(root)[:-most_recent_k]:
+            if folder not in in_use:
+                shutil.rmtree(folder.rename(folder.with_name(folder.name + REMOVED)))
+
+
+def set_aside(folder: Path) -> Path:
+    """Take the name of a checkpoint from a damaged one, which stays for a person to look at."""
+    aside = folder.with_name(folder.name + DAMAGED)
+    if aside.exists():
+        shutil.rmtree(aside)
+    return folder.rename(aside)
