@@ -40,7 +40,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def failure(error: BaseException, exit_code: int) -> dict[str, Any]:
-    return {"error": {"type": type(error).__name__, "message": str(error), "exit_code": exit_code}}
+    """Return the report of an error; one of ours is a verdict, which starting again would not change."""
+    verdict = isinstance(error, BridgeworksError)
+    kind = type(error).__name__
+    return {"error": {"type": kind, "message": str(error), "exit_code": exit_code, "verdict": verdict}}
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -268,6 +268,9 @@ def train(
     tp: Tensor = 1,
     pp: Pipeline = 1,
     dp: Annotated[int, typer.Option("--dp", min=1, max=4096, help="Copies of the model.")] = 1,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Restarts after crashes, in a row without a new checkpoint.")
+    ] = 2,
     changes: Set = None,
     json: Json = False,
 ) -> None:
@@ -279,7 +282,9 @@ def train(
     from flows import train as training
 
     layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
-    training.train(recipe, load, dataset, output, layout, dp, changes or [], as_json=json)
+    training.train(
+        recipe, load, dataset, output, layout, dp, changes or [], max_restarts=max_restarts, as_json=json
+    )
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """`bridgeworks train`: one training job by torchrun, outside of any release."""
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from bridge.pretrained import read_model, resolve_pretrained
 from flows.console import Progress, person_watches, print_json, print_table, progress
 from recipes.registry import recipe_named
 from tasks.launch import launch
+from tasks.restart import run_with_restarts
 from tasks.spec import ParallelSpec, TrainSpec, override
 from tasks.train import resolved_config
 from training.blend import check_files, with_absolute_paths
@@ -30,12 +32,13 @@ def train(
     copies: int,
     changes: list[str],
     *,
+    max_restarts: int,
     as_json: bool,
 ) -> None:
     """Run the job and show what came of it; what `output` holds of an earlier run is gone on with."""
     parallel = ParallelSpec(**layout, data_parallel_size=copies)
-    start = resolve_pretrained(load.absolute()) if load else None
-    config = make_config(recipe, start, parallel, changes)
+    weights = resolve_pretrained(load.absolute()) if load else None
+    config = make_config(recipe, weights, parallel, changes)
     if dataset is not None:
         config.dataset.blend = [str(dataset)]
     config.validate(parallel.num_processes)
@@ -45,19 +48,30 @@ def train(
     metrics = output / "metrics.jsonl"
     job = {
         "config": config.to_dict(),
-        "load": str(start) if start else None,
+        "load": str(weights) if weights else None,
         "output": str(output / "checkpoints"),
         "metrics": str(metrics),
     }
     with progress("training") as show:
-        report = launch(
-            "training.pretrain",
-            job,
-            folder=output / "job",
-            num_processes=parallel.num_processes,
-            on_line=None if person_watches() or as_json else print,
-            on_tick=follow(metrics, config.train.train_iters, show),
+
+        def start(name: str) -> dict[str, Any]:
+            return launch(
+                "training.pretrain",
+                job,
+                folder=output / name,
+                num_processes=parallel.num_processes,
+                on_line=None if person_watches() or as_json else print,
+                on_tick=follow(metrics, config.train.train_iters, show),
+            )
+
+        report = run_with_restarts(
+            start,
+            checkpoints=output / "checkpoints",
+            folder=output,
+            max_restarts=max_restarts,
+            log=lambda line: print(line, file=sys.stderr),
         )
+    report["attempts"] = len(report["attempts"])
     summary = {"checkpoints": job["output"], "metrics": str(metrics), **report, **losses(metrics)}
     print_json(summary) if as_json else print_table(("what", "value"), list(summary.items()))
 

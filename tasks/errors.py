@@ -3,6 +3,7 @@
 BridgeworksError            exit code 1
     JobError                a job process failed, was too slow or was stopped
         JobStoppedError     it was stopped because the flow was cancelled
+        JobCrashedError     it lost a process or ended by an error that is no verdict of ours
     ArtifactError           a sealed directory is not what its artifact.json says
     StoreError              a path or an address could not be read or written
     InputError              exit code 2
@@ -18,6 +19,10 @@ class JobError(BridgeworksError):
 
 class JobStoppedError(JobError):
     """A job was stopped because its flow was cancelled."""
+
+
+class JobCrashedError(JobError):
+    """A job lost a process, or ended by an error that is no verdict of ours: it may be started again."""
 
 
 class ArtifactError(BridgeworksError):

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from bridge.errors import InputError
 from bridge.job import PR_SET_PDEATHSIG, write_json
-from tasks.errors import JobError, JobStoppedError
+from tasks.errors import JobCrashedError, JobError, JobStoppedError
 
 MARK = "BRIDGEWORKS_JOB"
 POLL_SECONDS = 0.2
@@ -54,7 +54,8 @@ def launch(
     report.json. `on_line` is called with each line of output and `on_tick` about five times a second, both in
     the calling thread. `timeout` and `grace` are in seconds; `grace` is how long a job that is told to stop
     may take to save. What a job refuses (exit code 2) is raised as InputError with its own message, any other
-    failure as JobError with the job's error or the last lines of its log, a halt as JobStoppedError.
+    verdict of it as JobError, a halt as JobStoppedError, and everything else as JobCrashedError with the
+    job's error or the last lines of its log.
     """
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,16 +206,17 @@ def _result(module: str, exit_code: int, report: Path, log: Path, tail: list[str
         error = value["error"]
         if error["exit_code"] == InputError.exit_code:
             raise InputError(error["message"])
-        raise JobError(f"{module} failed with {error['type']}: {error['message']} (log: {log})")
+        kind = JobError if error.get("verdict") else JobCrashedError
+        raise kind(f"{module} failed with {error['type']}: {error['message']} (log: {log})")
     if value is not None and value.get("stopped"):
         raise JobStoppedError(
             f"{module} was told to stop and has saved; start it again to go on (log: {log})"
         )
     if exit_code:
         ended = f"exit code {exit_code}" if exit_code > 0 else f"signal {signal.Signals(-exit_code).name}"
-        raise JobError(f"{module} ended by {ended} (log: {log}); its last lines:\n" + "\n".join(tail))
+        raise JobCrashedError(f"{module} ended by {ended} (log: {log}); its last lines:\n" + "\n".join(tail))
     if value is None:
-        raise JobError(f"{module} ended without a report at {report} (log: {log})")
+        raise JobCrashedError(f"{module} ended without a report at {report} (log: {log})")
     return value
 
 

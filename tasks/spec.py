@@ -97,6 +97,8 @@ class TrainSpec(Section):
     """How the training job is spread."""
     timeout_minutes: float | None = Field(default=None, gt=0)
     """Stop the job after this long; none means never."""
+    max_restarts: int = Field(default=2, ge=0, le=1000)
+    """How often a job that crashed is started again from its last checkpoint before it has made a new one."""
     stop_grace_seconds: float = Field(default=25, ge=1, le=3600)
     """How long a cancelled job may take to save before it is killed; a Prefect worker waits 30 seconds."""
 

@@ -11,6 +11,7 @@ from recipes.registry import recipe_named
 from tasks.artifact import Kind
 from tasks.metrics_follower import MetricsFollower
 from tasks.plan import flatten
+from tasks.restart import run_with_restarts
 from tasks.spec import ReleaseSpec, TrainSpec
 from tasks.step import Artifacts, Step, StepContext
 from training.config import ConfigContainer
@@ -45,14 +46,25 @@ def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepCo
         "metrics": str(metrics),
     }
     follower = MetricsFollower(metrics, config.train.train_iters, context)
-    try:
-        report = context.launch(
+
+    def start(name: str) -> dict[str, Any]:
+        return context.launch(
             "training.pretrain",
             job,
+            name=name,
             num_processes=spec.train.parallel.num_processes,
             timeout=spec.train.timeout_minutes and spec.train.timeout_minutes * 60,
             grace=spec.train.stop_grace_seconds,
             on_tick=follower.tick,
+        )
+
+    try:
+        report = run_with_restarts(
+            start,
+            checkpoints=folder / "checkpoints",
+            folder=context.folder,
+            max_restarts=spec.train.max_restarts,
+            log=context.log,
         )
     finally:
         follower.deliver()

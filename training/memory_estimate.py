@@ -100,12 +100,20 @@ def stage_memory(config: ConfigContainer, world_size: int, size: ModelSize, stag
     gradient_bytes = 4 if config.mixed_precision.grad_reduce_in_fp32 else weight_bytes
     last = stage == config.model.pipeline_model_parallel_size - 1
     return RankMemory(
-        weights=weight_bytes * parameters.total,
+        weights=weight_bytes * parameters.total + fp8_copies(config, size, stage),
         gradients=gradient_bytes * parameters.total,
         optimizer=optimizer_bytes(config, parameters, world_size),
         activations=stage_activations(config, world_size, stage),
         logits=logits_bytes(config) if last else 0,
     )
+
+
+def fp8_copies(config: ConfigContainer, size: ModelSize, stage: int) -> int:
+    """Return the bytes of the layers' weights in FP8, by rows and columns; weights kept so need none."""
+    if not config.mixed_precision.fp8 or config.mixed_precision.fp8_param:
+        return 0
+    layers = [size.layers[layer] for layer in layers_of_stage(config.model, stage)]
+    return 2 * sum(shared_out(layer, config.model).total for layer in layers)
 
 
 def optimizer_bytes(config: ConfigContainer, parameters: Parameters, world_size: int) -> int:
@@ -151,7 +159,8 @@ def stage_activations(config: ConfigContainer, world_size: int, stage: int) -> i
     model, layers = config.model, layers_of_stage(config.model, stage)
     in_flight = microbatches_in_flight(config, world_size, stage)
     tokens = config.train.micro_batch_size * model.seq_length // model.context_parallel_size
-    per_layer = [tokens * layer_activations(model, moe=model.moe_layers[layer]) for layer in layers]
+    fp8 = config.mixed_precision.fp8 is not None
+    per_layer = [tokens * layer_activations(model, moe=model.moe_layers[layer], fp8=fp8) for layer in layers]
     if model.recompute_granularity == "full":
         kept = len(layers) * tokens * layer_input(model)
         return math.ceil(kept * in_flight) + math.ceil(max(per_layer))
@@ -176,46 +185,65 @@ def layer_input(model: GPTModelProvider) -> float:
     return 2 * model.hidden_size / (model.tensor_model_parallel_size if model.sequence_parallel else 1)
 
 
-def layer_activations(model: GPTModelProvider, *, moe: bool) -> float:
-    """Bytes a token that the backward pass keeps of one layer, in 16-bit precision."""
-    return attention_activations(model) + (moe_activations(model) if moe else mlp_activations(model))
+def layer_activations(model: GPTModelProvider, *, moe: bool, fp8: bool = False) -> float:
+    """Bytes a token that the backward pass keeps of one layer; what enters a product is kept as it is."""
+    entering = 1 if fp8 else 2
+    return attention_activations(model, entering) + (
+        moe_activations(model, entering) if moe else mlp_activations(model, entering)
+    )
 
 
-def attention_activations(model: GPTModelProvider) -> float:
-    """Input and output of the norm; q, k, v as fused attention takes them, its output and its statistics."""
+def norm_activations(model: GPTModelProvider, entering: int) -> float:
+    """Count a norm's input, and its output, which enters a product."""
+    return layer_input(model) * (1 + entering / 2)
+
+
+def attention_activations(model: GPTModelProvider, entering: int) -> float:
+    """Count the norm; q, k, v as fused attention takes them, its output and its statistics.
+
+    In FP8 the output is kept twice: for attention's own backward pass, and as it entered the projection.
+    """
     heads, tensor = model.num_attention_heads, model.tensor_model_parallel_size
+    value = model.v_head_dim if model.multi_latent_attention else model.kv_channels
+    fp8_output = heads * value if entering == 1 else 0
     if model.multi_latent_attention:
         latent = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_pos_emb_head_dim
         query = heads * (model.qk_head_dim + model.qk_pos_emb_head_dim)
-        projected = 2 * query + 2 * heads * model.v_head_dim
-        return 2 * layer_input(model) + 2 * 2 * latent + (2 * projected + 4 * heads) / tensor
-    query, key_value = heads * model.kv_channels, model.num_query_groups * model.kv_channels
-    return 2 * layer_input(model) + (2 * (2 * query + 2 * key_value) + 4 * heads) / tensor
+        kept, latents = 2 * (2 * query + 2 * heads * value), 2 * 2 * latent
+    else:
+        query, key_value = heads * model.kv_channels, model.num_query_groups * model.kv_channels
+        kept, latents = 2 * (2 * query + 2 * key_value), 0
+    return norm_activations(model, entering) + latents + (kept + 4 * heads + fp8_output) / tensor
 
 
-def mlp_activations(model: GPTModelProvider) -> float:
-    """Input and output of the norm, what the activation function reads and what it gives."""
-    return 2 * layer_input(model) + 2 * intermediate(model, model.ffn_hidden_size) / (
+def mlp_activations(model: GPTModelProvider, entering: int) -> float:
+    """Count the norm, what the activation function reads and what it gives."""
+    return norm_activations(model, entering) + intermediate(model, model.ffn_hidden_size, entering) / (
         model.tensor_model_parallel_size
     )
 
 
-def intermediate(model: GPTModelProvider, width: int) -> int:
-    return width * (3 if model.gated_linear_unit else 2)
+def intermediate(model: GPTModelProvider, width: int, entering: int) -> int:
+    """Count the first product of an MLP in 16 bits, and what enters the second."""
+    return width * ((4 if model.gated_linear_unit else 2) + entering)
 
 
-def moe_activations(model: GPTModelProvider) -> float:
-    """Input and output of the norm, and for each chosen expert a token's copies and its two products."""
+def moe_activations(model: GPTModelProvider, entering: int) -> float:
+    """Count the norm, and for each chosen expert a token's copies and what its two products keep."""
     width = model.moe_ffn_hidden_size or model.ffn_hidden_size
-    copies = 2 * 2 * model.hidden_size  # permuted on the way in and before it is summed up again
-    routed = model.moe_router_topk * (copies + 2 * intermediate(model, width) / expert_tensor_size(model))
-    shared = 2 * intermediate(model, model.moe_shared_expert_intermediate_size or 0)
+    copies = (2 + entering) * model.hidden_size  # as the experts got it, and what they gave to be summed up
+    routed = model.moe_router_topk * (
+        copies + intermediate(model, width, entering) / expert_tensor_size(model)
+    )
+    shared = intermediate(model, model.moe_shared_expert_intermediate_size or 0, entering)
     scores = 3 * 4 * (model.num_moe_experts or 0)
-    return 2 * layer_input(model) + routed + shared / model.tensor_model_parallel_size + scores
+    dense = shared / model.tensor_model_parallel_size
+    return norm_activations(model, entering) + routed + dense + scores
 
 
 def logits_bytes(config: ConfigContainer) -> int:
-    """Return the last stage's logits in 16 bits and what the loss keeps of them in float32."""
+    """Return the last stage's logits and their gradient in 16 bits; without fusion, the loss works in 32."""
     model = config.model
     tokens = config.train.micro_batch_size * model.seq_length // model.context_parallel_size
-    return tokens * model.padded_vocab_size // model.tensor_model_parallel_size * (2 + 4 + 4)
+    each = 2 + 4 + 4 if model.cross_entropy_loss_fusion is False else 2 + 2
+    return tokens * model.padded_vocab_size // model.tensor_model_parallel_size * each

@@ -12,6 +12,7 @@ from training.memory_estimate import (
     microbatches_in_flight,
     stage_parameters,
 )
+from training.precision import mixed_precision
 
 
 def config(**changes: object) -> ConfigContainer:
@@ -76,3 +77,25 @@ def test_saved_tensors_of_a_layer() -> None:
     model = provider_of(llama3_8b_pretrain_config().model.hf_config)
     norms, attention, mlp = 4 * 2 * 4096, 2 * (4096 + 1024 + 1024 + 4096) + 4 * 32, 2 * 3 * 14336
     assert layer_activations(model, moe=False) == norms + attention + mlp
+
+
+MEASURED = [
+    # (layers, sequence, micro batch, GPUs, precision), GiB at the peak of an H200: docs/benchmarks.md
+    ((8, 4096, 2, 1, "bf16_mixed"), 59),
+    ((8, 4096, 4, 1, "bf16_mixed"), 70),
+    ((8, 4096, 2, 1, "bf16_with_fp8_delayed_scaling_mixed"), 61),
+    ((8, 4096, 4, 1, "bf16_with_fp8_delayed_scaling_mixed"), 71),
+    ((8, 4096, 4, 4, "bf16_with_fp8_delayed_scaling_mixed"), 47),
+    ((32, 8192, 1, 4, "bf16_mixed"), 105),
+    ((32, 8192, 1, 4, "bf16_with_fp8_delayed_scaling_mixed"), 113),
+]
+
+
+@pytest.mark.parametrize(("run", "gib"), MEASURED)
+def test_estimate_is_within_a_tenth_of_what_was_measured(
+    run: tuple[int, int, int, int, str], gib: float
+) -> None:
+    layers, sequence, micro_batch, gpus, precision = run
+    made = config(num_layers=layers, seq_length=sequence, micro_batch_size=micro_batch)
+    made.mixed_precision = mixed_precision(precision)
+    assert estimate_memory(made, gpus).total / 2**30 == pytest.approx(gib, rel=0.1)
