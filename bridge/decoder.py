@@ -7,6 +7,7 @@ from typing import Any
 from bridge.config_rules import Carried, ConfigRule, Dtype, Field, Requires
 from bridge.mapping import (
     DirectMapping,
+    FusedQKVMapping,
     GatedMLPMapping,
     Mapping,
     MegatronMappingRegistry,
@@ -79,35 +80,35 @@ EMBEDDING = DirectMapping(
     "embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab_size", "hidden_size")
 )
 
-ATTENTION = (
-    DirectMapping(
-        f"{MEGATRON_ATTENTION}.linear_qkv.layer_norm_weight",
-        "model.layers.*.input_layernorm.weight",
-        ("hidden_size",),
-    ),
-    QKVMapping(
-        f"{MEGATRON_ATTENTION}.linear_qkv.weight",
-        q=f"{HF_ATTENTION}.q_proj.weight",
-        k=f"{HF_ATTENTION}.k_proj.weight",
-        v=f"{HF_ATTENTION}.v_proj.weight",
-    ),
-    DirectMapping(
-        f"{MEGATRON_ATTENTION}.linear_proj.weight",
-        f"{HF_ATTENTION}.o_proj.weight",
-        ("hidden_size", "query_size"),
-    ),
+ATTENTION_NORM = DirectMapping(
+    f"{MEGATRON_ATTENTION}.linear_qkv.layer_norm_weight",
+    "model.layers.*.input_layernorm.weight",
+    ("hidden_size",),
 )
+QKV = QKVMapping(
+    f"{MEGATRON_ATTENTION}.linear_qkv.weight",
+    q=f"{HF_ATTENTION}.q_proj.weight",
+    k=f"{HF_ATTENTION}.k_proj.weight",
+    v=f"{HF_ATTENTION}.v_proj.weight",
+)
+OUTPUT_PROJECTION = DirectMapping(
+    f"{MEGATRON_ATTENTION}.linear_proj.weight",
+    f"{HF_ATTENTION}.o_proj.weight",
+    ("hidden_size", "query_size"),
+)
+ATTENTION = (ATTENTION_NORM, QKV, OUTPUT_PROJECTION)
 
 
-def gated_mlp(layers: str = "all") -> tuple[Mapping, ...]:
-    """Return the rules of the MLP, with the norm in front of it, of all layers or of the "dense" ones."""
+def mlp_norm(hf_param: str, layers: str = "all") -> DirectMapping:
+    """Return the rule of the norm in front of the MLP."""
+    return DirectMapping(
+        "decoder.layers.*.mlp.linear_fc1.layer_norm_weight", hf_param, ("hidden_size",), layers=layers
+    )
+
+
+def mlp_products(layers: str = "all") -> tuple[Mapping, ...]:
+    """Return the rules of a gated MLP's two products."""
     return (
-        DirectMapping(
-            "decoder.layers.*.mlp.linear_fc1.layer_norm_weight",
-            "model.layers.*.post_attention_layernorm.weight",
-            ("hidden_size",),
-            layers=layers,
-        ),
         GatedMLPMapping(
             "decoder.layers.*.mlp.linear_fc1.weight",
             gate="model.layers.*.mlp.gate_proj.weight",
@@ -122,6 +123,63 @@ def gated_mlp(layers: str = "all") -> tuple[Mapping, ...]:
         ),
     )
 
+
+def gated_mlp(layers: str = "all") -> tuple[Mapping, ...]:
+    """Return the rules of the MLP, with the norm in front of it, of all layers or of the "dense" ones."""
+    return mlp_norm("model.layers.*.post_attention_layernorm.weight", layers), *mlp_products(layers)
+
+
+MLP_NORM = mlp_norm("model.layers.*.post_attention_layernorm.weight")
+UNGATED_MLP = (
+    DirectMapping(
+        "decoder.layers.*.mlp.linear_fc1.weight",
+        "model.layers.*.mlp.up_proj.weight",
+        ("ffn_hidden_size", "hidden_size"),
+    ),
+    DirectMapping(
+        "decoder.layers.*.mlp.linear_fc2.weight",
+        "model.layers.*.mlp.down_proj.weight",
+        ("hidden_size", "ffn_hidden_size"),
+    ),
+)
+NORM_BIASES = (
+    DirectMapping(
+        f"{MEGATRON_ATTENTION}.linear_qkv.layer_norm_bias",
+        "model.layers.*.input_layernorm.bias",
+        ("hidden_size",),
+    ),
+    DirectMapping(
+        "decoder.layers.*.mlp.linear_fc1.layer_norm_bias",
+        "model.layers.*.post_attention_layernorm.bias",
+        ("hidden_size",),
+    ),
+    DirectMapping("decoder.final_layernorm.bias", "model.norm.bias", ("hidden_size",)),
+)
+FUSED_QKV = FusedQKVMapping(f"{MEGATRON_ATTENTION}.linear_qkv.weight", f"{HF_ATTENTION}.qkv_proj.weight")
+FUSED_GATED_MLP = (
+    DirectMapping(
+        "decoder.layers.*.mlp.linear_fc1.weight",
+        "model.layers.*.mlp.gate_up_proj.weight",
+        ("gate_and_up_size", "hidden_size"),
+    ),
+    DirectMapping(
+        "decoder.layers.*.mlp.linear_fc2.weight",
+        "model.layers.*.mlp.down_proj.weight",
+        ("hidden_size", "ffn_hidden_size"),
+    ),
+)
+POST_NORMS = (
+    DirectMapping(
+        f"{MEGATRON_ATTENTION}.linear_proj.post_layernorm.weight",
+        "model.layers.*.post_attention_layernorm.weight",
+        ("hidden_size",),
+    ),
+    DirectMapping(
+        "decoder.layers.*.mlp.linear_fc2.post_layernorm.weight",
+        "model.layers.*.post_feedforward_layernorm.weight",
+        ("hidden_size",),
+    ),
+)
 
 OUTPUT = (
     DirectMapping("decoder.final_layernorm.weight", "model.norm.weight", ("hidden_size",)),
@@ -139,6 +197,19 @@ BUFFERS = (f"{HF_ATTENTION}.rotary_emb.inv_freq",)
 def decoder_weights(*extra: Mapping) -> MegatronMappingRegistry:
     """Return the weight rules of a pre-norm decoder with a gated MLP, and those that a family adds."""
     return MegatronMappingRegistry(EMBEDDING, *ATTENTION, *gated_mlp(), *extra, *OUTPUT, buffers=BUFFERS)
+
+
+def sandwich_weights(*extra: Mapping) -> MegatronMappingRegistry:
+    """Return the weight rules of a decoder with norms in front of attention and MLP and behind them."""
+    norm = mlp_norm("model.layers.*.pre_feedforward_layernorm.weight")
+    layer = (*ATTENTION, norm, *mlp_products(), *POST_NORMS)
+    return MegatronMappingRegistry(EMBEDDING, *layer, *extra, *OUTPUT, buffers=BUFFERS)
+
+
+def post_norm_weights(*extra: Mapping) -> MegatronMappingRegistry:
+    """Return the weight rules of a decoder whose only norms in a layer are behind attention and MLP."""
+    layer = (QKV, OUTPUT_PROJECTION, *mlp_products(), *POST_NORMS)
+    return MegatronMappingRegistry(EMBEDDING, *layer, *extra, *OUTPUT, buffers=BUFFERS)
 
 
 QKV_BIAS = QKVMapping(

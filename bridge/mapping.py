@@ -74,6 +74,7 @@ counting.
 SIZES = {
     "query_size": lambda p: p.num_attention_heads * p.kv_channels,
     "key_value_size": lambda p: p.num_query_groups * p.kv_channels,
+    "gate_and_up_size": lambda p: 2 * p.ffn_hidden_size,
     "expert_size": lambda p: p.moe_ffn_hidden_size or p.ffn_hidden_size,
     # of latent attention: all heads' queries; the latent and the rotated key; all heads' keys and values
     "latent_query_size": lambda p: p.num_attention_heads * (p.qk_head_dim + p.qk_pos_emb_head_dim),
@@ -228,6 +229,23 @@ class QKVMapping(Mapping):
             yield Piece(self.q, group * queries, queries, row)
             yield Piece(self.k, group * head, head, row + queries)
             yield Piece(self.v, group * head, head, row + queries + head)
+
+
+@dataclass(frozen=True)
+class FusedQKVMapping(Mapping):
+    """The same of one Hugging Face tensor that has all queries above all keys above all values (Phi-3)."""
+
+    hf_param: str
+
+    def hf_shapes(self, provider: GPTModelProvider) -> dict[str, Shape]:
+        rows = resolve("query_size", provider) + 2 * resolve("key_value_size", provider)
+        return {self.hf_param: (rows, provider.hidden_size)}
+
+    def pieces(self, provider: GPTModelProvider) -> Iterator[Piece]:
+        above = {"q": 0, "k": resolve("query_size", provider)}
+        above["v"] = above["k"] + resolve("key_value_size", provider)
+        for piece in QKVMapping(self.megatron_param, "q", "k", "v").pieces(provider):
+            yield piece._replace(hf=self.hf_param, hf_row=above[piece.hf] + piece.hf_row)
 
 
 @dataclass(frozen=True)

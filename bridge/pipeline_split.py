@@ -55,8 +55,8 @@ def check_layout(provider: GPTModelProvider, layout: str, stages: int) -> None:
     spelt = expand(layout)
     if set(spelt) - set("EtmL|,"):
         raise ConfigError(
-            f"model.pipeline_model_parallel_layout {layout!r} holds something else than E (embedding), t (layer),"
-            " m (multi-token prediction), L (loss), | between stages, (...)*n for repetition"
+            f"model.pipeline_model_parallel_layout {layout!r} holds something else than E (embedding), t"
+            " (layer), m (multi-token prediction), L (loss), | between stages, (...)*n for repetition"
         )
     found = (spelt.count("t"), spelt.count("|") + 1)
     if found != (provider.num_layers, stages):

@@ -26,8 +26,8 @@ def inverse_frequencies(provider: GPTModelProvider, length: int = 0) -> torch.Te
     by default one of the length that the model was first trained for.
     """
     parameters = {
-        "max_position_embeddings": provider.max_position_embeddings,
         **provider.rope_parameters,
+        "max_position_embeddings": provider.max_position_embeddings,
         "rope_theta": provider.rotary_base,
     }
     return scaled_frequencies(parameters, rotary_size(provider), length)

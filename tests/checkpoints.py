@@ -81,6 +81,9 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         # transformers neither makes nor loads these
         "num_nextn_predict_layers": 0,
     },
+    "gemma": {},
+    "gemma2": {"sliding_window": 12, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"sliding_window": 12, "query_pre_attn_scalar": 24},
     "glm4_moe": {
         **EXPERTS,
         "n_routed_experts": 8,
@@ -111,6 +114,10 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 12},
     "mixtral": {"num_local_experts": 8, "sliding_window": 12, "initializer_range": 0.1},
     "olmoe": {**EXPERTS, "head_dim": None, "moe_intermediate_size": None, "num_experts": 8},
+    "nemotron": {},
+    "olmo2": {"head_dim": None},
+    "phi3": {"head_dim": None, "sliding_window": 12, "pad_token_id": 0},
+    "ministral3": {},
     "qwen2": {"head_dim": None},  # Qwen2's config has no head_dim
     "qwen2_moe": {
         **EXPERTS,
