@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from bridge.errors import BridgeworksError
-from flows import data
+from flows import audit, data
 
 app = typer.Typer(
     help="From a Hugging Face checkpoint to a trained, verified and published successor.",
@@ -18,8 +18,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-audit = typer.Typer(help="Check a release, show it, or compare two.", rich_markup_mode="markdown")
-app.add_typer(audit, name="audit")
+app.add_typer(audit.app, name="audit")
 app.add_typer(data.app, name="data")
 
 
@@ -44,6 +43,8 @@ Dtype = Annotated[
 ]
 Tensor = Annotated[int, typer.Option("--tp", min=1, max=64, help="tensor_model_parallel_size")]
 Pipeline = Annotated[int, typer.Option("--pp", min=1, max=64, help="pipeline_model_parallel_size")]
+Context = Annotated[int, typer.Option("--cp", min=1, max=64, help="context_parallel_size")]
+Expert = Annotated[int, typer.Option("--ep", min=1, max=256, help="expert_model_parallel_size")]
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The release spec, a YAML or JSON file.")]
 
 
@@ -71,12 +72,6 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-@audit.callback(invoke_without_command=True)
-def show_help(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-
-
 @app.callback(invoke_without_command=True)
 def show_version_or_help(
     context: typer.Context,
@@ -87,7 +82,8 @@ def show_version_or_help(
 
         print(f"bridgeworks {version_of('bridgeworks')}")
         raise typer.Exit()
-    show_help(context)
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -364,60 +360,6 @@ def doctor(
         print_table(("what", "state", "found", "what to do"), rows)
     if any(each.state == MISSING for each in findings):
         raise typer.Exit(1)
-
-
-ReleaseAddress = Annotated[
-    str, typer.Argument(metavar="RELEASE", help="A release's folder or s3:// address.")
-]
-
-
-@audit.command()
-def verify(release: ReleaseAddress, json: Json = False) -> None:
-    """Read every file of a release again and compare it with release.json; exit code 1 if one differs."""
-    from flows.console import print_json
-    from tasks.audit import verify_release
-
-    problems = verify_release(release)
-    if json:
-        print_json({"verified": not problems, "problems": problems})
-    else:
-        print("\n".join(problems) or f"{release}: every file is as release.json says")
-    if problems:
-        raise typer.Exit(1)
-
-
-@audit.command()
-def show(release: ReleaseAddress, json: Json = False) -> None:
-    """Show where a release came from: inputs, code, gates and ids."""
-    from flows.console import print_json, print_table
-    from tasks.audit import open_release
-    from tasks.plan import flatten
-
-    address, record = open_release(release)
-    value = record.model_dump(mode="json")
-    if json:
-        print_json(value)
-        return
-    shown = {name: value[name] for name in ("name", "digest", "created", "identifiers", "code")}
-    inputs = {name: {**entry, "files": len(entry["files"])} for name, entry in record.inputs.items()}
-    gates = {name: "passed" if gate["passed"] else "FAILED" for name, gate in record.gates.items()}
-    rows = list(flatten({**shown, "inputs": inputs, "gates": gates, "files": len(record.files)}).items())
-    print_table(("what", "value"), rows, title=str(address))
-
-
-@audit.command()
-def diff(first: ReleaseAddress, second: ReleaseAddress, json: Json = False) -> None:
-    """List what two releases differ in: inputs, settings, code, gates and files."""
-    from flows.console import print_json, print_table
-    from tasks.audit import diff_releases, open_release
-
-    rows = diff_releases(open_release(first)[1], open_release(second)[1])
-    if json:
-        print_json([{"name": name, "first": before, "second": after} for name, before, after in rows])
-    elif rows:
-        print_table(("what", "first", "second"), rows)
-    else:
-        print("no difference but in time and ids")
 
 
 if __name__ == "__main__":
