@@ -2,6 +2,7 @@
 
     BridgeworksError            exit code 1
         GateError               a check of numbers or digests failed
+        DivergenceError         a training run met a loss or gradient that is no number, or jumps
         InputError              exit code 2: what the user gave cannot be used
             CheckpointError     a file is missing, truncated, malformed or outside its folder
             UnsupportedModelError   unknown model_type, refused value, unknown config key
@@ -21,6 +22,10 @@ class BridgeworksError(Exception):
 
 class GateError(BridgeworksError):
     """A gate measured something outside its thresholds."""
+
+
+class DivergenceError(BridgeworksError):
+    """A training run met a loss or gradient with which it cannot go on; starting again would meet it again."""
 
 
 class InputError(BridgeworksError):

@@ -14,7 +14,7 @@ from bridge.distributed import device
 from training.faults import SKIP, Fault
 from training.heartbeat import EVALUATION, BeatingData
 from training.metrics import append_metrics, close_torn_line
-from training.pipeline import run_batch
+from training.pipeline import run_batch, sums_of_all_ranks
 from training.setup import Run, iterators, whole_parameters
 from training.throughput import throughput
 
@@ -153,7 +153,11 @@ def metrics_of(run: Run, step: Step) -> dict[str, Any]:
         "train_iters": train.train_iters,
         **({"loss": step.loss} if math.isfinite(step.loss) else {}),
         "learning_rate": step.learning_rate,
-        **({"grad_norm": step.grad_norm} if step.grad_norm is not None and math.isfinite(step.grad_norm) else {}),
+        **(
+            {"grad_norm": step.grad_norm}
+            if step.grad_norm is not None and math.isfinite(step.grad_norm)
+            else {}
+        ),
         **({step.fault.kind: 1, "skipped": int(step.is_skipped)} if step.fault is not None else {}),
         "seconds": step.seconds,
         "consumed_samples": run.consumed_samples,
@@ -172,7 +176,7 @@ def validation_loss(run: Run, dataset: Any) -> float:
     for chunk in run.model:
         chunk.eval()
     with whole_parameters(run):
-        sums = run_batch(
+        results = run_batch(
             run.forward_step,
             run.model,
             [BeatingData(batches, run.heart, EVALUATION) for batches in iterators(run, dataset, 0)],
@@ -183,5 +187,5 @@ def validation_loss(run: Run, dataset: Any) -> float:
         )
     for chunk in run.model:
         chunk.train()
-    total, num_tokens = sums.tolist()
+    total, num_tokens = sums_of_all_ranks(results).tolist()
     return total / num_tokens

@@ -177,7 +177,9 @@ def check_resilience(config: "ConfigContainer") -> None:
     if resilience.spike_factor <= 1:
         raise ConfigError(f"resilience.spike_factor is {resilience.spike_factor}: give more than 1")
     if resilience.hang_timeout is not None and resilience.hang_timeout < 1:
-        raise ConfigError(f"resilience.hang_timeout is {resilience.hang_timeout}: give 1 second or more, or null")
+        raise ConfigError(
+            f"resilience.hang_timeout is {resilience.hang_timeout}: give 1 second or more, or null"
+        )
     if resilience.on_nan == "skip" and config.ddp.check_for_nan_in_grad:
         raise ConfigError(
             "resilience.on_nan skip leaves gradients out that are no numbers, but ddp.check_for_nan_in_grad"

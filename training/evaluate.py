@@ -13,7 +13,7 @@ from bridge.provider import GPTModelProvider
 from training.config import DatasetConfig
 from training.data import SAMPLE_INDICES, batches, build_datasets
 from training.gpt_step import forward_step
-from training.pipeline import run_batch
+from training.pipeline import run_batch, sums_of_all_ranks
 
 
 def main(config: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def measure(provider: GPTModelProvider, folder: Path, config: dict[str, Any]) ->
     live_checkpoint.load_checkpoint(chunks, folder)
     for chunk in chunks:
         chunk.eval()
-    sums = run_batch(
+    results = run_batch(
         forward_step,
         chunks,
         [batches(dataset, consumed_samples=0, micro_batch_size=1)],
@@ -73,5 +73,5 @@ def measure(provider: GPTModelProvider, folder: Path, config: dict[str, Any]) ->
         seq_length=provider.seq_length,
         forward_only=True,
     )
-    total, num_tokens = sums.tolist()
+    total, num_tokens = sums_of_all_ranks(results).tolist()
     return total / num_tokens, int(num_tokens)

@@ -17,7 +17,14 @@ def forward_step(
 ) -> tuple[torch.Tensor, LossFunction]:
     """Run the next micro-batch through `model`; return its output and the function that makes it a loss."""
     batch = get_batch(data_iterator)
-    output = model(batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"])
+    # the model itself needs the mask for the losses of its prediction layers
+    output = model(
+        batch["tokens"],
+        batch["position_ids"],
+        attention_mask=None,
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
     return output, partial(token_loss, batch["loss_mask"])
 
 

@@ -21,14 +21,13 @@ def run_batch(
     micro_batch_size: int,
     seq_length: int,
     forward_only: bool,
-) -> torch.Tensor:
+) -> list[dict[str, torch.Tensor]]:
     """Run micro-batches forward, and backward unless `forward_only`; every rank of the job takes part.
 
-    Returns the sum of the losses and the number of tokens over all ranks, [2] in fp64 on the device: who
-    reads it waits for the batch.
+    Returns the "loss" (a sum over tokens) and "num_tokens" of each, on the last pipeline stage only.
     """
     alone = len(model) == 1
-    results = get_forward_backward_func()(
+    return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=data_iterators[0] if alone else data_iterators,
         model=model[0] if alone else model,
@@ -37,13 +36,16 @@ def run_batch(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    # only the last pipeline stage has results
+
+
+def sums_of_all_ranks(results: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Return the sum of the losses and the number of tokens over all ranks, [2] in fp64 on the device.
+
+    Who reads it waits for the batch.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=device())
     for result in results:
         sums += torch.stack([result["loss"].double(), result["num_tokens"].double()])
-    for group in (
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-        parallel_state.get_pipeline_model_parallel_group(),
-    ):
-        torch.distributed.all_reduce(sums, group=group)
-    return sums
+    # one message to all, which gives every rank the same bits: they decide by this number what to do
+    torch.distributed.all_reduce(sums)
+    return sums / parallel_state.get_tensor_model_parallel_world_size()

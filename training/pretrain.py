@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,10 @@ from training.callbacks import (
 from training.checkpoint_callback import Checkpoints
 from training.config import ConfigContainer
 from training.data import SAMPLE_INDICES, Batch
-from training.pipeline import run_batch
+from training.faults import update
+from training.hang_watch import HangWatch
+from training.heartbeat import BATCH, OPTIMIZER, BeatingData
+from training.pipeline import run_batch, sums_of_all_ranks
 from training.profiling import window_callbacks
 from training.setup import ForwardStep, Run, build_data, compute_capability, iterators, set_up
 from training.stopwatch import TimedData, timed_forward
@@ -46,7 +50,7 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     container.checkpoint.save = config["output"]
     container.checkpoint.pretrained_checkpoint = config.get("load")
     container.logger.metrics_path = config.get("metrics")
-    report = pretrain(container, gpt_step.forward_step)
+    report = pretrain(container, gpt_step.forward_step, report=Path(config["report"]))
     distributed.finalize()
     if report["stopped"]:
         if os.environ.get("RANK", "0") == "0":
@@ -55,20 +59,32 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def pretrain(config: ConfigContainer, forward_step: ForwardStep = gpt_step.forward_step) -> dict[str, Any]:
-    """Train until `train_iters` or SIGTERM, in every rank of a torchrun job; return how it ended."""
+def pretrain(
+    config: ConfigContainer, forward_step: ForwardStep = gpt_step.forward_step, report: Path | None = None
+) -> dict[str, Any]:
+    """Train until `train_iters` or SIGTERM, in every rank of a torchrun job; return how it ended.
+
+    With `report`, the file for a hang's error, the job is ended when it hangs.
+    """
     started = time.monotonic()
     prepare(config)
     run = set_up(config, forward_step)
     datasets = build_data(run)
     checkpoint.start_or_resume(run)
-    loss = train(run, iterators(run, datasets["train"], run.consumed_samples), callbacks_of(run, datasets))
+    data_iterators = iterators(run, datasets["train"], run.consumed_samples)
+    timeout = config.resilience.hang_timeout
+    with HangWatch(run.heart, timeout, report) if report and timeout else nullcontext():
+        loss = train(run, data_iterators, callbacks_of(run, datasets))
+    stopped = run.iteration < config.train.train_iters
     return {
         "iteration": run.iteration,
         "train_iters": config.train.train_iters,
         "consumed_samples": run.consumed_samples,
         "loss": loss,
-        "stopped": run.iteration < config.train.train_iters,
+        "stopped": stopped,
+        "stop_reason": "told to stop" if stopped else "all iterations done",
+        "skipped_iterations": run.faults.skipped,
+        "spikes": run.faults.spikes,
         "seconds": time.monotonic() - started,
     }
 
@@ -115,9 +131,12 @@ def run_iterations(
     while run.iteration < run.config.train.train_iters and not run.should_stop:
         step = train_step(run, data_iterators)
         for callback in callbacks:
+            run.heart.beat(type(callback).__name__, limited=not callback.takes_long)
             callback.after_step(run, step)
-        loss = step.loss
+        loss = loss if step.is_skipped else step.loss
+        run.heart.is_warm = True
     for callback in callbacks:
+        run.heart.beat(type(callback).__name__, limited=not callback.takes_long)
         callback.after_training(run)
     return loss
 
@@ -128,29 +147,33 @@ def train_step(run: Run, data_iterators: list[Iterator[Batch]]) -> Step:
     The host waits for the GPU when the update asks for the gradient norm, and once more for the loss.
     """
     started = time.monotonic()
+    run.heart.iteration = run.iteration + 1
+    run.heart.beat(BATCH)
     zero_gradients(run)
     with run.stopwatch.span("batch"):
-        sums = run_batch(
+        results = run_batch(
             timed_forward(run.forward_step, run.stopwatch),
             run.model,
-            [TimedData(batches, run.stopwatch) for batches in data_iterators],
+            [TimedData(BeatingData(batches, run.heart), run.stopwatch) for batches in data_iterators],
             num_microbatches=get_num_microbatches(),
             micro_batch_size=run.config.train.micro_batch_size,
             seq_length=run.config.model.seq_length,
             forward_only=False,
         )
+        sums = sums_of_all_ranks(results)
     learning_rate = run.optimizer.param_groups[0]["lr"]
+    run.heart.beat(OPTIMIZER)
     with run.stopwatch.span("optimizer"):
-        updated, grad_norm, _ = run.optimizer.step()
-    if updated:  # not when fp16 gradients overflowed: the loss scale has been lowered
+        outcome = update(run, results, sums)
+    if outcome.updated:  # not when fp16 gradients overflowed, which lowers the loss scale, or it was skipped
         run.scheduler.step(increment=run.config.train.global_batch_size)
     run.iteration += 1
     run.consumed_samples += run.config.train.global_batch_size
-    total, num_tokens = sums.tolist()
     return Step(
-        loss=total / num_tokens,
+        loss=outcome.loss,
         learning_rate=learning_rate,
-        grad_norm=float(grad_norm) if updated else None,
+        grad_norm=outcome.grad_norm,
+        fault=outcome.fault,
         seconds=time.monotonic() - started,
         spans=run.stopwatch.read(),
     )

@@ -21,6 +21,8 @@ def window_callbacks(profiling: ProfilingConfig) -> list[Callback]:
 class Window(Callback):
     """Opens before iteration `profile_step_start` and closes after the one before `profile_step_end`."""
 
+    takes_long = True
+
     def __init__(self, profiling: ProfilingConfig) -> None:
         self.profiling = profiling
         self.is_open = False

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from bridge import distributed, model
 from training import data
 from training.config import ConfigContainer
+from training.faults import Faults, RefusableOptimizer
+from training.heartbeat import Heart
 from training.megatron_settings import ddp_settings, optimizer_settings, transformer_settings
 from training.stopwatch import Stopwatch
 from training.user_buffers import start_user_buffers
@@ -30,14 +32,16 @@ class Run:
     config: ConfigContainer
     forward_step: ForwardStep
     model: list[Any]
-    optimizer: MegatronOptimizer
+    optimizer: RefusableOptimizer
     scheduler: OptimizerParamScheduler
+    faults: Faults
     iteration: int = 0
     consumed_samples: int = 0
     # the checkpoint that the weights came from: it describes the model and has the files that go with it
     source: Path | None = None
     should_stop: bool = False
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    heart: Heart = field(default_factory=Heart)
 
     @property
     def is_first_rank(self) -> bool:
@@ -61,7 +65,8 @@ def set_up(config: ConfigContainer, forward_step: ForwardStep) -> Run:
     start_user_buffers(config)
     chunks = build_model(config)
     optimizer = build_optimizer(config, chunks)
-    return Run(config, forward_step, chunks, optimizer, build_scheduler(config, optimizer))
+    scheduler = build_scheduler(config, optimizer)
+    return Run(config, forward_step, chunks, optimizer, scheduler, Faults(config.resilience))
 
 
 def compute_capability() -> tuple[int, int] | None:
@@ -108,15 +113,16 @@ def whole_parameters(run: Run) -> Iterator[None]:
         chunk.enable_forward_pre_hook()
 
 
-def build_optimizer(config: ConfigContainer, chunks: list[Any]) -> MegatronOptimizer:
+def build_optimizer(config: ConfigContainer, chunks: list[Any]) -> RefusableOptimizer:
     """Build Megatron's distributed Adam."""
-    optimizer = get_megatron_optimizer(optimizer_settings(config), chunks)
+    built = get_megatron_optimizer(optimizer_settings(config), chunks)
+    optimizer = RefusableOptimizer(built.chained_optimizers)
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
-def build_scheduler(config: ConfigContainer, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def build_scheduler(config: ConfigContainer, optimizer: RefusableOptimizer) -> OptimizerParamScheduler:
     """Build Megatron's schedule, which counts in samples."""
     scheduler, samples = config.scheduler, config.train.global_batch_size
     return OptimizerParamScheduler(
