@@ -22,6 +22,7 @@ from training.checkpoint_folders import (
 from training.checkpoint_record import check_files
 from training.config import ConfigContainer
 from training.optimizer_groups import fit_groups
+from training.optimizer_state import SHARDING, local_state
 from training.random_state import set_random_state, sharded_random_state
 from training.resume_checks import check_resume
 from training.setup import Run
@@ -29,7 +30,7 @@ from training.setup import Run
 DELAYED = "delayed"
 SPLIT_FIELDS = ("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout", *UNEVEN, *COUNTED)
 # every optimizer tensor has the shape of its parameter, so that any layout can load it
-METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+METADATA = {"distrib_optim_sharding_type": SHARDING, "chained_optim_avoid_prefix": True}
 
 
 def start_or_resume(run: Run) -> None:
@@ -113,6 +114,7 @@ def load(run: Run, folder: Path) -> None:
     live_checkpoint.load_model_state(run.model, state)
     run.optimizer.load_state_dict(fit_groups(state["optimizer"], run.optimizer))
     run.scheduler.load_state_dict(state["opt_param_scheduler"])
+    run.faults.load_state_dict(state["faults"])
     if "rng_state" in state:
         set_random_state(state["rng_state"])
     if fp8_state.KEY in state:
@@ -129,8 +131,13 @@ def state_of(run: Run, *, is_loading: bool) -> dict[str, Any]:
     return {
         **weights,
         **({fp8_state.KEY: fp8_state.sharded_fp8_state(run.model), "split": split(run)} if delayed else {}),
-        "optimizer": run.optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=METADATA),
+        "optimizer": (
+            run.optimizer.sharded_state_dict(weights, is_loading=True, metadata=METADATA)
+            if is_loading
+            else local_state(run.optimizer, weights)
+        ),
         "opt_param_scheduler": run.scheduler.state_dict(),
+        "faults": run.faults.state_dict(),
         "rng_state": sharded_random_state(),
         "iteration": run.iteration,
         "consumed_samples": run.consumed_samples,

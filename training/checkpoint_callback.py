@@ -46,6 +46,7 @@ class Checkpoints(Callback):
 
     def after_training(self, run: Run) -> None:
         self._seal(run, self.saver.finish(run, self._in_use))
+        self.saver.wait_for_removal()
         if self.exports is None:
             return
         if run.should_stop:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import threading
 from collections.abc import Collection
 from pathlib import Path
 
@@ -40,12 +41,17 @@ def write_latest(root: Path, iteration: int) -> None:
     beside.replace(root / LATEST)
 
 
-def remove_old(root: Path, most_recent_k: int | None, in_use: Collection[Path] = ()) -> None:
-    """Keep the newest checkpoints and those in use; the others lose their names before their files."""
-    if most_recent_k is not None:
-        for folder in complete_checkpoints(root)[:-most_recent_k]:
-            if folder not in in_use:
-                shutil.rmtree(folder.rename(folder.with_name(folder.name + REMOVED)))
+def remove_old(root: Path, most_recent_k: int | None, in_use: Collection[Path] = ()) -> threading.Thread:
+    """Keep the newest checkpoints and those in use; the others lose their names now, and then their files.
+
+    The thread that is returned removes these, which takes a file system as long as much of the writing.
+    """
+    old = complete_checkpoints(root)[:-most_recent_k] if most_recent_k is not None else []
+    unused = [folder for folder in old if folder not in in_use]
+    renamed = [folder.rename(folder.with_name(folder.name + REMOVED)) for folder in unused]
+    thread = threading.Thread(target=lambda: [*map(shutil.rmtree, renamed)])
+    thread.start()
+    return thread
 
 
 def set_aside(folder: Path) -> Path:

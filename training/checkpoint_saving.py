@@ -9,6 +9,7 @@ from collections.abc import Collection
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -58,6 +59,7 @@ class Saver:
     def __init__(self) -> None:
         self._pending: Pending | None = None
         self._data: dict[str, Any] = {}
+        self._removal: Thread | None = None
 
     def prepare(self, run: Run) -> None:
         """Note what the data are, as long as they are sure to be there."""
@@ -102,9 +104,16 @@ class Saver:
         run.source = pending.folder  # the one before may be removed now
         if run.is_first_rank:
             write_latest(pending.folder.parent, pending.iteration)
-            remove_old(pending.folder.parent, run.config.checkpoint.most_recent_k, in_use)
+            self.wait_for_removal()
+            k = run.config.checkpoint.most_recent_k
+            self._removal = remove_old(pending.folder.parent, k, in_use)
         torch.distributed.barrier()
         return Sealed(pending.iteration, pending.folder, time.monotonic() - pending.began)
+
+    def wait_for_removal(self) -> None:
+        """Wait until the files of the checkpoints that retention gave up are gone."""
+        if self._removal is not None:
+            self._removal.join()
 
     def drop(self) -> None:
         """Give up the checkpoint under way on this rank, after an error: the one before stays the latest."""

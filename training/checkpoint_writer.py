@@ -19,10 +19,15 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import TemporalAsyncCaller
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.filesystem_async import (
+    FileSystemWriterAsync,
+    _split_by_size_and_type,
+)
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from bridge.restricted_load import reason
 
@@ -61,27 +66,53 @@ def write_files(
 
 def write_file(transforms: list[Any], bucket: Any) -> Any:
     """Return Megatron's list of what is where in the file, or the error, as it does."""
+    path, name, (objects, tensors) = bucket
     waiting: queue.Queue[int] = queue.Queue()
     waiting.put(0)
     answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    bucket = (path, name, (objects, ((item, compact(tensor)) for item, tensor in tensors)))
     FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, answer, waiting, use_fsync=True)
     return answer.get()[1]
 
 
+def compact(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whose storage has nothing else, as all of that would be written."""
+    is_whole = tensor.untyped_storage().size() == tensor.numel() * tensor.itemsize
+    return tensor if is_whole else tensor.clone()
+
+
+class ForkedWriter(FileSystemWriterAsync):
+    """Megatron's writer, without a copy of each tensor that is a part of a buffer: the fork is one of all."""
+
+    write_preloaded_data_multiproc = staticmethod(write_files)
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Choose files for the tensors and objects of this rank, about equally large ones."""
+        filled = [items for items in _split_by_size_and_type(self.thread_count, plan.items) if items]
+        self.write_buckets = [
+            self._bucket(f"{plan.storage_data.prefix}{number}{DEFAULT_SUFFIX}", items, planner)
+            for number, items in enumerate(filled)
+        ]
+        self.results_queue = Results() if filled else None
+
+    def _bucket(self, name: str, items: list[WriteItem], planner: SavePlanner) -> Any:
+        def resolved(objects: bool) -> list[Any]:
+            chosen = [item for item in items if (item.type == WriteItemType.BYTE_IO) == objects]
+            return [(item, planner.resolve_data(item)) for item in chosen]
+
+        tensors = [(item, tensor.detach()) for item, tensor in resolved(objects=False)]
+        return str(Path(self.checkpoint_dir, name)), name, (resolved(objects=True), tensors)
+
+
 @contextmanager
-def own_writers() -> Iterator[None]:
-    """Put the functions above where Megatron's strategy looks its own up."""
-    originals = (
-        filesystem_async._get_write_results_queue,
-        FileSystemWriterAsync.write_preloaded_data_multiproc,
-    )
-    filesystem_async._get_write_results_queue = Results
-    FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(write_files)
+def forked_writers() -> Iterator[None]:
+    """Put the writer above where Megatron's strategy looks its own up."""
+    original = torch_strategy.FileSystemWriterAsync
+    torch_strategy.FileSystemWriterAsync = ForkedWriter
     try:
         yield
     finally:
-        filesystem_async._get_write_results_queue = originals[0]
-        FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(originals[1])
+        torch_strategy.FileSystemWriterAsync = original
 
 
 class Writing:
@@ -91,7 +122,7 @@ class Writing:
         """Plan, copy from the GPU and fork: when this returns, the tensors may change."""
         self._folder = folder
         self._caller = TemporalAsyncCaller()
-        with own_writers():
+        with forked_writers():
             self._request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
         self._caller.schedule_async_call(self._request)
 

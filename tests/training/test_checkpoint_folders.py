@@ -29,9 +29,9 @@ def test_only_whole_folders_count(tmp_path):
 
 def test_retention_keeps_the_newest(tmp_path):
     folders(tmp_path, "iter_0000005", "iter_0000010", "iter_0000015")
-    remove_old(tmp_path, None)
+    remove_old(tmp_path, None).join()
     assert len(complete_checkpoints(tmp_path)) == 3
-    remove_old(tmp_path, 1)
+    remove_old(tmp_path, 1).join()
     assert names(tmp_path) == ["iter_0000015"]
 
 
