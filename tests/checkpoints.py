@@ -31,8 +31,26 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+
+def longrope(channels: int, partial: float) -> dict[str, Any]:
+    """Return rope parameters with other factors for short sequences than for those beyond 24 tokens."""
+    factors = [1 + 0.3 * pair for pair in range(channels // 2)]
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "partial_rotary_factor": partial,
+        "short_factor": factors,
+        "long_factor": [2 * factor for factor in factors],
+        "original_max_position_embeddings": 24,
+    }
+
+
 # Weights of the usual size would leave all experts about equal.
 EXPERTS = {"num_experts_per_tok": 3, "moe_intermediate_size": 48, "initializer_range": 0.1}
+
+# transformers makes this token's embedding zero, and gradients through norms of zero vectors grow without
+# bound: a token that the tests do not use.
+PADDING = 159
 
 # A setting whose value is null, where None leaves the key to transformers' default.
 NULL = "null"
@@ -81,9 +99,27 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
         # transformers neither makes nor loads these
         "num_nextn_predict_layers": 0,
     },
-    "gemma": {},
-    "gemma2": {"sliding_window": 12, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0},
-    "gemma3_text": {"sliding_window": 12, "query_pre_attn_scalar": 24},
+    "gemma": {"initializer_range": 0.1, "pad_token_id": PADDING},
+    "gemma2": {
+        "initializer_range": 0.1,
+        "pad_token_id": PADDING,
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 1.0,
+        "final_logit_softcapping": 2.0,
+    },
+    # the sixth layer is the only one without a window
+    "gemma3_text": {
+        "num_hidden_layers": 8,
+        "initializer_range": 0.1,
+        "pad_token_id": PADDING,
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 24,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            "full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+        },
+    },
     "glm4_moe": {
         **EXPERTS,
         "n_routed_experts": 8,
@@ -114,10 +150,32 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 12},
     "mixtral": {"num_local_experts": 8, "sliding_window": 12, "initializer_range": 0.1},
     "olmoe": {**EXPERTS, "head_dim": None, "moe_intermediate_size": None, "num_experts": 8},
-    "nemotron": {},
-    "olmo2": {"head_dim": None},
-    "phi3": {"head_dim": None, "sliding_window": 12, "pad_token_id": 0},
-    "ministral3": {},
+    "nemotron": {"initializer_range": 0.1},
+    "olmo2": {"head_dim": None, "initializer_range": 0.1, "pad_token_id": PADDING},
+    "phi3": {
+        "head_dim": None,
+        "initializer_range": 0.1,
+        "sliding_window": 12,
+        "pad_token_id": PADDING,
+        "original_max_position_embeddings": 24,
+        "rope_parameters": longrope(6, partial=0.75),
+    },
+    "ministral3": {
+        "initializer_range": 0.1,
+        "pad_token_id": PADDING,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 50.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 12,
+            "max_position_embeddings": 512,
+            "beta_fast": 2.0,
+            "beta_slow": 0.1,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
     "qwen2": {"head_dim": None},  # Qwen2's config has no head_dim
     "qwen2_moe": {
         **EXPERTS,

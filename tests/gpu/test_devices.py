@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_hf_checkpoint
+from checkpoints import longrope, make_hf_checkpoint
 
 from bridge.exporter import export_checkpoint
 from bridge.families import families
@@ -32,7 +32,11 @@ LATENT_GPU_SIZES = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
-FAMILY_GPU_SIZES = {"deepseek_v2": LATENT_GPU_SIZES, "deepseek_v3": LATENT_GPU_SIZES}
+FAMILY_GPU_SIZES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": LATENT_GPU_SIZES,
+    "deepseek_v3": LATENT_GPU_SIZES,
+    "phi3": {"rope_parameters": longrope(48, partial=0.75)},
+}
 
 
 def run_job(
