@@ -71,6 +71,11 @@ def test_unknown_names_are_refused(value, message):
         ({"model.cpu_offloading": True}, 1, "cpu_offloading_num_layers is 0: give 1 to 15"),
         ({"profiling.profile_step_end": 5}, 1, "an end after it"),
         ({"profiling.use_pytorch_profiler": True}, 1, "profiling.output is null"),
+        ({"resilience.on_nan": "ignore"}, 1, "allowed are stop, skip"),
+        ({"resilience.spike_factor": 1.0}, 1, "give more than 1"),
+        ({"resilience.max_skipped": -1}, 1, "give 0 or more"),
+        ({"resilience.hang_timeout": 0.5}, 1, "give 1 second or more, or null"),
+        ({"resilience.on_nan": "skip", "ddp.check_for_nan_in_grad": True}, 1, "to its default"),
         ({"model.num_layers_in_first_pipeline_stage": 2}, 1, "more than one pipeline stage"),
         (
             {"model.pipeline_model_parallel_size": 2, "model.pipeline_model_parallel_layout": "Et*3|tL"},

@@ -33,7 +33,11 @@ RUNS = {
     "spike skipped": ("spike", [8, 9], {**WATCHED, "resilience.on_spike": "skip"}),
     "spike ignored": ("spike", [8, 9], WATCHED),
     "spike stopped": ("spike", [8, 9], {**WATCHED, "resilience.on_spike": "stop"}),
+    "begun": ("loss", [5], {**WATCHED, **SKIP, "train.train_iters": 4}),
+    # a spike in its first iteration, which it can tell from the losses before only
+    "resumed": ("spike", [0, 1], {**WATCHED, "resilience.on_spike": "skip"}),
 }
+PLACES = {"resumed": "begun"}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,8 @@ def found(tiny_config, folder):
     }
     runs = {}
     for name, (kind, microbatches, overrides) in RUNS.items():
-        places = {"checkpoint.save": str(folder / name), "logger.metrics_path": str(metrics(folder, name))}
+        save = str(folder / PLACES.get(name, name))
+        places = {"checkpoint.save": save, "logger.metrics_path": str(metrics(folder, name))}
         runs[name] = job(kind, microbatches, {**overrides, **places})
     for job_config in steps.values():
         job_config["config"]["dataset"]["path_to_cache"] = str(folder / "indices")
@@ -125,6 +130,13 @@ def test_a_spike_is_skipped_ignored_or_ends_the_run(found, folder):
     assert line["loss"] > 30
     assert "iteration 5: the loss is" in found["runs"]["spike stopped"]["error"]
     assert "times the recent median" in found["runs"]["spike stopped"]["error"]
+
+
+def test_a_resumed_run_knows_what_was_before(found, folder):
+    assert found["runs"]["begun"]["skipped_iterations"] == 1
+    resumed = found["runs"]["resumed"]
+    assert (resumed["skipped_iterations"], resumed["spikes"], resumed["iteration"]) == (2, 1, 6)
+    assert read_metrics(metrics(folder, "resumed"))[0][SPIKE] == 1
 
 
 def test_a_divergence_is_a_verdict():
