@@ -3,6 +3,7 @@
 import statistics
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,20 @@ from transformers import AutoModelForCausalLM
 
 from bridge import distributed, restricted_load
 from bridge.families import plan_weights, provider_of
-from bridge.gather_plan import plan_pieces
-from bridge.gathering import rows_of_piece, target_of_piece
 from bridge.hf_checkpoint import read_config
 from bridge.live_checkpoint import load_checkpoint, load_model_state, model_state
 from bridge.live_weights import export_hf_weights
+from bridge.mapping import Block, WeightPlan
 from bridge.provider import GPTModelProvider
-from bridge.shards import blocks_by_tensor, gather_boxes, overlap, rows_of_block, shards_of
+from bridge.shards import (
+    Box,
+    GlobalTensor,
+    blocks_by_tensor,
+    gather_boxes,
+    overlap,
+    rows_of_block,
+    shards_of,
+)
 
 STATUS = Path("/proc/self/status")  # of Linux
 SECONDS_BETWEEN_SAMPLES = 0.01
@@ -36,7 +44,7 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
         setattr(provider, name, size)
     provider.params_dtype = "bfloat16"
     chunks = provider.provide_distributed_model(wrap_with_ddp=False, perform_initialization=False)
-    ways = [*loads(chunks, hf, megatron), *exports(chunks, provider)]
+    ways = [*loads(chunks, provider, hf, megatron), *exports(chunks, provider)]
     times: dict[str, list[float]] = {what: [] for what, _, _ in ways}
     peaks: dict[str, float] = {}
     load_checkpoint(chunks, megatron)  # the model's memory is first touched here
@@ -64,7 +72,7 @@ Way = tuple[str, str | None, Callable[[], Any]]
 """What is measured, beside what it stands, and how."""
 
 
-def loads(chunks: Chunks, hf: Path, megatron: Path) -> Iterator[Way]:
+def loads(chunks: Chunks, provider: GPTModelProvider, hf: Path, megatron: Path) -> Iterator[Way]:
     ours = "load Megatron"
 
     def through_megatron(load: Callable[..., Any]) -> Callable[[], None]:
@@ -74,34 +82,19 @@ def loads(chunks: Chunks, hf: Path, megatron: Path) -> Iterator[Way]:
     yield "load Hugging Face", None, lambda: load_checkpoint(chunks, hf)
     yield "restricted_load.load", ours, through_megatron(restricted_load.load)
     yield "dist_checkpointing.load", ours, through_megatron(dist_checkpointing.load)
-    yield (
-        "from_pretrained",
-        "load Hugging Face",
-        lambda: AutoModelForCausalLM.from_pretrained(hf, dtype="auto"),
-    )
-
-
-def load_from_pretrained(chunks: Chunks, hf: Path) -> None:
-    """Let transformers load the whole model on every rank, and copy this rank's parts out of it."""
-    weights = AutoModelForCausalLM.from_pretrained(hf, dtype="auto").state_dict()
-    plan = plan_weights(provider_of(read_config(hf)))
-    blocks = blocks_by_tensor(plan)
-    for box, data, *_ in shards_of(chunks):
-        for block in blocks[box.key, box.lead]:
-            first, last = overlap(block, box)
-            if first < last:
-                rows = rows_of_block(weights[block.hf], plan, block)
-                rows = rows[first - block.megatron_row : last - block.megatron_row]
-                for axis, (start, size) in enumerate(zip(box.offsets[1:], box.sizes[1:], strict=True), 1):
-                    rows = rows.narrow(axis, start, size)
-                data[first - box.offsets[0] : last - box.offsets[0]].copy_(rows)
+    if not provider.num_moe_experts:  # transformers fuses the experts, whose names are then others
+        yield (
+            "from_pretrained and copy",
+            "load Hugging Face",
+            lambda: load_from_pretrained(chunks, provider, hf),
+        )
 
 
 def exports(chunks: Chunks, provider: GPTModelProvider) -> Iterator[Way]:
-    ours = "export"
-    yield ours, None, lambda: drain(export_hf_weights(chunks, provider))
-    yield "export to one rank", None, lambda: drain(export_hf_weights(chunks, provider, first_rank_only=True))
-    yield "export tensor by tensor", ours, lambda: drain(export_by_tensor(chunks, provider))
+    one, every = "export to the first rank", "export to all ranks"
+    yield every, None, lambda: drain(export_hf_weights(chunks, provider))
+    yield one, None, lambda: drain(export_hf_weights(chunks, provider, first_rank_only=True))
+    yield "export part by part", every, lambda: drain(export_by_part(chunks, provider))
 
 
 def drain(weights: Iterator[Any]) -> None:
@@ -109,20 +102,52 @@ def drain(weights: Iterator[Any]) -> None:
         pass
 
 
-def export_by_tensor(chunks: Chunks, provider: GPTModelProvider) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gather one tensor after the other, a broadcast for each part, as one would write it first."""
-    shards, plan = shards_of(chunks), plan_weights(provider)
-    held, own = gather_boxes(shards), {shard.box: shard.data for shard in shards}
-    pieces = plan_pieces(plan, held, plan.hf_shapes)
-    for name, parts in pieces.items():
-        weight = torch.empty(plan.hf_shapes[name], dtype=parts[0].dtype, device=distributed.device())
-        for piece in parts:
-            rows = torch.empty(piece.shape, dtype=piece.dtype, device=weight.device)
-            if piece.owner == torch.distributed.get_rank():
-                rows.copy_(rows_of_piece(own, piece))
-            torch.distributed.broadcast(rows, src=piece.owner)
-            target_of_piece(weight, plan, piece).copy_(rows)
-        yield name, weight
+def load_from_pretrained(chunks: Chunks, provider: GPTModelProvider, hf: Path) -> None:
+    """Let transformers load the whole model on every rank, and copy this rank's parts out of it."""
+    weights = AutoModelForCausalLM.from_pretrained(hf, dtype="auto").state_dict()
+    plan = plan_weights(provider)
+    blocks = blocks_by_tensor(plan)
+    for box, data, *_ in shards_of(chunks):
+        for rows, whole in in_both(box, data, blocks[box.key, box.lead], weights, plan):
+            rows.copy_(whole)
+
+
+def export_by_part(chunks: Chunks, provider: GPTModelProvider) -> Iterator[tuple[str, torch.Tensor]]:
+    """Broadcast each rank's part of one tensor after the other, as one would write it first."""
+    shards, plan, device = shards_of(chunks), plan_weights(provider), distributed.device()
+    own = {shard.box: shard.data for shard in shards}
+    owners = {box: rank for rank, boxes in reversed(list(enumerate(gather_boxes(shards)))) for box in boxes}
+    boxes: dict[GlobalTensor, list[Box]] = defaultdict(list)
+    for box in sorted(owners, key=lambda box: box[:3]):
+        boxes[box.key, box.lead].append(box)
+    for tensor, blocks in blocks_by_tensor(plan).items():
+        weights = {
+            name: torch.empty(plan.hf_shapes[name], dtype=boxes[tensor][0].dtype, device=device)
+            for name in dict.fromkeys(block.hf for block in blocks)
+        }
+        for box in boxes[tensor]:
+            is_owner = owners[box] == torch.distributed.get_rank()
+            part = (
+                own[box].contiguous() if is_owner else torch.empty(box.sizes, dtype=box.dtype, device=device)
+            )
+            torch.distributed.broadcast(part, src=owners[box])
+            for rows, whole in in_both(box, part, blocks, weights, plan):
+                whole.copy_(rows)
+        yield from weights.items()
+
+
+def in_both(
+    box: Box, part: torch.Tensor, blocks: list[Block], weights: dict[str, torch.Tensor], plan: WeightPlan
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the rows of a rank's part and where whole Hugging Face tensors have them, block by block."""
+    for block in blocks:
+        first, last = overlap(block, box)
+        if first < last:
+            whole = rows_of_block(weights[block.hf], plan, block)
+            whole = whole[first - block.megatron_row : last - block.megatron_row]
+            for axis, (start, size) in enumerate(zip(box.offsets[1:], box.sizes[1:], strict=True), 1):
+                whole = whole.narrow(axis, start, size)
+            yield part[first - box.offsets[0] : last - box.offsets[0]], whole
 
 
 def measured(run: Callable[[], Any]) -> tuple[float, float]:
