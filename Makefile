@@ -13,7 +13,7 @@ export UV_COMPILE_BYTECODE := 1
 export UV_LINK_MODE := copy
 export DO_NOT_TRACK := 1
 
-.PHONY: help demo test test-slow bench-convert check lock clean
+.PHONY: help demo test test-slow bench-convert bench-live check lock clean
 
 help:                   ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ test-slow: $(ENVIRONMENT)  ## run the slow tests
 
 bench-convert: $(ENVIRONMENT)  ## measure conversions of a model of 3 GB against a copy of its files
 	$(RUN)/python -m flows.benchmark_conversion
+
+bench-live: $(ENVIRONMENT)  ## measure loading and exporting of live models against the ordinary ways
+	$(RUN)/python -W ignore -m bridge.benchmark_live
 
 check: $(ENVIRONMENT)   ## format, lint, import contracts, types
 	$(RUN)/ruff format --check .
