@@ -1,5 +1,6 @@
-"""Real runs on two gloo ranks: layouts agree, resharding, exact resume after SIGTERM and after kill -9."""
+"""Real runs on two ranks agree with one; they go on in other layouts, and exactly after SIGTERM and kill -9."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,13 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+from checkpoints import make_hf_checkpoint
 from process_groups import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridge.exporter import export_checkpoint
+from bridge.importer import import_checkpoint
 from bridge.ledger import DIFFERENT, ONLY_A, ONLY_B, compare_ledgers, ledger
+from bridge.megatron_checkpoint import read_model
 from training.checkpoint_folders import complete_checkpoints
 from training.metrics import read_metrics
+from training.overrides import apply_overrides
 from training.pretrain import EXIT_STOPPED
 
 LAYOUTS = {
@@ -44,6 +49,17 @@ LAYOUTS = {
         "model.pipeline_model_parallel_layout": "Ettt|tL",
     },
 }
+EP2 = {"model.expert_model_parallel_size": 2}
+TP2 = LAYOUTS["tp2 sequence parallel"]
+EXPERT_LAYOUTS = {
+    "experts dp2": {},
+    "experts ep2": EP2,
+    "experts tp2 sequence parallel": TP2,
+    "experts tp2 sequence parallel ep2": {**TP2, **EP2, "model.expert_tensor_parallel_size": 1},
+    "experts pp2": LAYOUTS["pp2"],
+}
+# of float32 sums in another order; each iteration adds to the difference
+AGREEMENT = 2e-5
 RESHARDED = ("pp2", "dp2", "tp2 sequence parallel")
 # 16-bit weights and dropout: nothing of the state may be lost unnoticed
 EXACT = {
@@ -63,16 +79,43 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_config, source, imported, dataset, folder):
-    """The report of one job that makes every run which nobody interrupts, and evaluates two checkpoints."""
+def experts(folder) -> Path:
+    """A Megatron checkpoint with experts, for the vocabulary of the dataset."""
+    source = make_hf_checkpoint(folder / "experts-hf", "qwen3_moe", dtype="float32", vocab_size=300)
+    import_checkpoint(source, folder / "experts")
+    return folder / "experts"
 
-    def run(name, overrides, resume_from=None):
+
+@pytest.fixture(scope="module")
+def run(tiny_config, folder):
+    """A function that describes a run for the job of the tests."""
+
+    def describe(name, overrides, resume_from=None, model=None):
         config = tiny_config(**overrides, **{"checkpoint.save": str(folder / name)})
         config.logger.metrics_path = str(folder / f"{name}.jsonl")
+        if model is not None:
+            config.model = dataclasses.replace(read_model(model), seq_length=32)
+            apply_overrides(config, overrides)
+            config.checkpoint.pretrained_checkpoint = str(model)
         return {"config": config.to_dict(), "resume_from": resume_from and str(resume_from)}
 
+    return describe
+
+
+@pytest.fixture(scope="module")
+def alone(run, experts, folder):
+    """The runs of one rank, which spreads nothing."""
+    jobs = {"alone": run("alone", {}), "experts alone": run("experts alone", {}, model=experts)}
+    report = run_ranks(1, "training_jobs.runs", {"runs": jobs, "evaluate": {}}, folder / "alone-job")
+    assert "error" not in report, report
+
+
+@pytest.fixture(scope="module")
+def runs(run, source, imported, experts, dataset, folder):
+    """The report of one job that makes every run which nobody interrupts, and evaluates two checkpoints."""
     half_way = folder / "tp2" / "iter_0000003"
     jobs = {name: run(name, layout) for name, layout in LAYOUTS.items()}
+    jobs |= {name: run(name, layout, model=experts) for name, layout in EXPERT_LAYOUTS.items()}
     jobs |= {f"resharded {name}": run(f"resharded {name}", LAYOUTS[name], half_way) for name in RESHARDED}
     jobs["exact"] = run("exact", EXACT)
     copied = shutil.copytree(dataset, folder / "dataset")
@@ -115,17 +158,26 @@ def test_loss_goes_down(runs, folder):
     assert runs["runs"]["tp2"]["loss"] == losses[6]
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "validation_loss"])
-def test_layouts_agree(runs, folder, layout, key):
-    assert curve(folder, layout, key) == pytest.approx(curve(folder, "tp2", key), rel=2e-5)
+def test_layouts_agree_with_one_rank(runs, alone, folder, layout, key):
+    assert len(curve(folder, "alone", key)) == {"validation_loss": 2}.get(key, 6)
+    assert curve(folder, layout, key) == pytest.approx(curve(folder, "alone", key), rel=AGREEMENT)
+
+
+@pytest.mark.parametrize("layout", EXPERT_LAYOUTS)
+@pytest.mark.parametrize("key", ["loss", "grad_norm", "validation_loss"])
+def test_layouts_of_experts_agree_with_one_rank(runs, alone, folder, layout, key):
+    expected = curve(folder, "experts alone", key)
+    assert curve(folder, layout, key) == pytest.approx(expected, rel=AGREEMENT)
+    assert expected[6] < expected[3]
 
 
 @pytest.mark.parametrize("layout", RESHARDED)
 def test_resharded_checkpoint_goes_on(runs, folder, layout):
     losses = curve(folder, f"resharded {layout}")
     expected = {iteration: loss for iteration, loss in curve(folder, "tp2").items() if iteration > 3}
-    assert losses == pytest.approx(expected, rel=2e-5)
+    assert losses == pytest.approx(expected, rel=AGREEMENT)
 
 
 def test_metrics_are_complete(runs, folder):
