@@ -25,6 +25,7 @@ from bridge.shards import (
     blocks_by_tensor,
     gather_boxes,
     overlap,
+    part_of,
     rows_of_block,
     shards_of,
 )
@@ -143,11 +144,9 @@ def in_both(
     for block in blocks:
         first, last = overlap(block, box)
         if first < last:
-            whole = rows_of_block(weights[block.hf], plan, block)
-            whole = whole[first - block.megatron_row : last - block.megatron_row]
-            for axis, (start, size) in enumerate(zip(box.offsets[1:], box.sizes[1:], strict=True), 1):
-                whole = whole.narrow(axis, start, size)
-            yield part[first - box.offsets[0] : last - box.offsets[0]], whole
+            rows = part[first - box.offsets[0] : last - box.offsets[0]]
+            offsets = (first - block.megatron_row, *box.offsets[1:])
+            yield rows, part_of(rows_of_block(weights[block.hf], plan, block), offsets, rows.shape)
 
 
 def measured(run: Callable[[], Any]) -> tuple[float, float]:

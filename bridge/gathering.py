@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from bridge.distributed import device
 from bridge.gather_plan import Buckets, Part, Piece
 from bridge.mapping import WeightPlan
-from bridge.shards import Box, rows_of_block
+from bridge.shards import Box, part_of, rows_of_block
 
 Named = tuple[str, torch.Tensor]
 
@@ -104,11 +104,8 @@ def rows_of_piece(own: dict[Box, torch.Tensor], piece: Piece) -> torch.Tensor:
 
 def target_of_piece(tensor: torch.Tensor, plan: WeightPlan, piece: Piece) -> torch.Tensor:
     """Return where a piece belongs in its whole Hugging Face tensor."""
-    target = rows_of_block(tensor, plan, piece.block)
-    target = target.narrow(0, piece.first - piece.block.megatron_row, piece.shape[0])
-    for axis, (start, size) in enumerate(zip(piece.box.offsets[1:], piece.shape[1:], strict=True), 1):
-        target = target.narrow(axis, start, size)
-    return target
+    offsets = (piece.first - piece.block.megatron_row, *piece.box.offsets[1:])
+    return part_of(rows_of_block(tensor, plan, piece.block), offsets, piece.shape)
 
 
 def view(part: torch.Tensor, piece: Piece, offset: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed._shard import sharded_tensor, sharding_spec
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -37,6 +38,8 @@ DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
 )
+# the modules that hold the check of overlapping shards by its name
+CHECKERS = (sharding_spec.api, sharded_tensor.api, sharded_tensor.utils)
 DESCRIBING_CLASSES = {
     "torch": ("Size", "strided", *DTYPES),
     "torch.serialization": ("_get_layout",),
@@ -112,14 +115,24 @@ class RestrictedCommonStrategy(TorchCommonLoadStrategy):
 
 @contextmanager
 def restricted_readers() -> Iterator[None]:
-    """Put the restricted reader and planner where Megatron's torch_dist strategy looks its own up."""
-    originals = (torch_strategy._get_filesystem_reader, torch_strategy.MCoreLoadPlanner)
-    torch_strategy._get_filesystem_reader = lambda path, cache_metadata=False: RestrictedReader(path)
-    torch_strategy.MCoreLoadPlanner = RestrictedPlanner
+    """Put the restricted reader and planner where Megatron's torch_dist strategy looks its own up.
+
+    torch's check that no two shards overlap is left out: Megatron has just made them as a grid, and up to
+    torch 2.13 it takes the square of their number, 11 of 20 seconds for 48 layers of 128 experts.
+    """
+    replaced: list[tuple[Any, str, Any]] = [
+        (torch_strategy, "_get_filesystem_reader", lambda path, cache_metadata=False: RestrictedReader(path)),
+        (torch_strategy, "MCoreLoadPlanner", RestrictedPlanner),
+        *((module, "validate_non_overlapping_shards_metadata", lambda shards: None) for module in CHECKERS),
+    ]
+    originals = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+    for module, name, value in replaced:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        torch_strategy._get_filesystem_reader, torch_strategy.MCoreLoadPlanner = originals
+        for module, name, value in originals:
+            setattr(module, name, value)
 
 
 def load(

@@ -92,6 +92,13 @@ def overlap(block: Block, box: Box) -> tuple[int, int]:
     return first, min(block.megatron_row + block.rows, box.offsets[0] + box.sizes[0])
 
 
+def part_of(tensor: torch.Tensor, offsets: Iterable[int], sizes: Iterable[int]) -> torch.Tensor:
+    """Return the part that begins at `offsets` and has `sizes`; axes beyond those stay as they are."""
+    for axis, (offset, size) in enumerate(zip(offsets, sizes, strict=True)):
+        tensor = tensor.narrow(axis, offset, size)
+    return tensor
+
+
 def rows_of_block(tensor: torch.Tensor, plan: WeightPlan, block: Block) -> torch.Tensor:
     """Return the rows of `block` in its Hugging Face tensor, a view of shape [rows, *columns].
 

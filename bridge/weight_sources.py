@@ -6,7 +6,6 @@ A source fills one shard at a time, in place, from the pages that hold its part 
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +20,7 @@ from bridge.hf_rows import read_rows
 from bridge.mapped_files import MappedFiles, StoredItems, copy_elements
 from bridge.mapping import Block, WeightPlan
 from bridge.quantization import QuantizedTensor
-from bridge.shards import Box, Shard, blocks_by_tensor, check_model_coverage, overlap, rows_of_block
+from bridge.shards import Box, Shard, blocks_by_tensor, check_model_coverage, overlap, part_of, rows_of_block
 from bridge.torch_dist.metadata import METADATA, Chunk, TorchDistMetadata
 
 DEQUANTIZED_ELEMENTS = 16 << 20  # at a time, of which there are a few copies
@@ -73,9 +72,7 @@ class HfSource:
             return
         elements = self._mapped.elements(stored.file, stored.offset, stored.shape, stored.dtype)
         rows = rows_of_block(elements, self._plan, block)
-        for axis, (offset, size) in enumerate(zip((skip, *columns), target.shape, strict=True)):
-            rows = rows.narrow(axis, offset, size)
-        copy_elements(target, rows, stored.dtype)
+        copy_elements(target, part_of(rows, (skip, *columns), target.shape), stored.dtype)
 
     def _copy_dequantized(
         self,
@@ -95,9 +92,7 @@ class HfSource:
             rows = read_rows(
                 stored, self._files, first, len(part), columns=width, step=step, transposed=transposed
             ).view(len(part), *shape)
-            for axis, (offset, size) in enumerate(zip(columns, part.shape[1:], strict=True), 1):
-                rows = rows.narrow(axis, offset, size)
-            part.copy_(rows)
+            part.copy_(part_of(rows, (0, *columns), part.shape))
 
 
 class MegatronSource:
@@ -126,13 +121,10 @@ class MegatronSource:
         target = shard.data[(None,) * len(box.lead)]
         found = 0
         for chunk in self._chunks_at(box.key, box.lead):
-            first = [max(pair) for pair in zip(begin, chunk.offsets, strict=True)]
-            last = [
-                min(a + n, b + m) for a, n, b, m in zip(begin, size, chunk.offsets, chunk.sizes, strict=True)
-            ]
-            count = [max(0, end - start) for start, end in zip(first, last, strict=True)]
+            first, count = common_box(begin, size, chunk)
             if all(count):
-                self._copy(chunk, box.key, first, count, narrowed(target, begin, first, count))
+                there = [number - start for number, start in zip(first, begin, strict=True)]
+                self._copy(chunk, box.key, first, part_of(target, there, count))
                 found += math.prod(count)
         inside = [min(a + n, whole) - a for a, n, whole in zip(begin, size, stored.shape, strict=True)]
         if found != math.prod(max(0, number) for number in inside):
@@ -140,12 +132,13 @@ class MegatronSource:
                 f"{self._folder}: the chunks of {box.key!r} overlap or leave a gap at {begin}"
             )
 
-    def _copy(self, chunk: Chunk, key: str, first: list[int], count: list[int], target: torch.Tensor) -> None:
+    def _copy(self, chunk: Chunk, key: str, first: list[int], target: torch.Tensor) -> None:
         name, start, length = chunk.place
         if name not in self._paths:
             self._paths[name] = contained_file(self._folder, name, self._folder / METADATA)
         elements, dtype = self._items.elements(self._paths[name], start, length, chunk.sizes, key)
-        copy_elements(target, narrowed(elements, chunk.offsets, first, count), dtype)
+        here = [number - offset for number, offset in zip(first, chunk.offsets, strict=True)]
+        copy_elements(target, part_of(elements, here, target.shape), dtype)
 
     def _chunks_at(self, key: str, lead: tuple[int, ...]) -> list[Chunk]:
         if key not in self._chunks:
@@ -174,10 +167,8 @@ def chunks_by_lead(chunks: list[Chunk], num_leads: int) -> dict[tuple[int, ...],
     return found
 
 
-def narrowed(
-    tensor: torch.Tensor, begin: Sequence[int], first: Sequence[int], count: Sequence[int]
-) -> torch.Tensor:
-    """Return the part from `first` on, `count` long on each axis, of a tensor that begins at `begin`."""
-    for axis, (start, offset, size) in enumerate(zip(begin, first, count, strict=True)):
-        tensor = tensor.narrow(axis, offset - start, size)
-    return tensor
+def common_box(begin: tuple[int, ...], size: tuple[int, ...], chunk: Chunk) -> tuple[list[int], list[int]]:
+    """Return offsets and sizes of what a box and a chunk have in common; a size of 0 says nothing."""
+    first = [max(pair) for pair in zip(begin, chunk.offsets, strict=True)]
+    ends = [(a + n, b + m) for a, n, b, m in zip(begin, size, chunk.offsets, chunk.sizes, strict=True)]
+    return first, [max(0, min(pair) - start) for pair, start in zip(ends, first, strict=True)]
