@@ -144,7 +144,7 @@ def run_iterations(
 def train_step(run: Run, data_iterators: list[Iterator[Batch]]) -> Step:
     """Run one iteration: the gradients of a global batch, one update, one step of the schedule.
 
-    The host waits for the GPU when the update asks for the gradient norm, and once more for the loss.
+    The host waits for the GPU when the update asks for loss and gradient norm, and once more at the end.
     """
     started = time.monotonic()
     run.heart.iteration = run.iteration + 1
@@ -169,13 +169,14 @@ def train_step(run: Run, data_iterators: list[Iterator[Batch]]) -> Step:
         run.scheduler.step(increment=run.config.train.global_batch_size)
     run.iteration += 1
     run.consumed_samples += run.config.train.global_batch_size
+    spans = run.stopwatch.read()
     return Step(
         loss=outcome.loss,
         learning_rate=learning_rate,
         grad_norm=outcome.grad_norm,
         fault=outcome.fault,
         seconds=time.monotonic() - started,
-        spans=run.stopwatch.read(),
+        spans=spans,
     )
 
 

@@ -39,7 +39,9 @@ class Stopwatch:
         self._spans[name].append((0.0, seconds))
 
     def read(self) -> dict[str, float]:
-        """Return the seconds of each name and begin again; what was measured must have ended on the GPU."""
+        """Wait for the GPU to end what was measured; return the seconds of each name and begin again."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
         totals = {name: sum(length(*pair) for pair in pairs) for name, pairs in self._spans.items()}
         self._spans.clear()
         return totals
