@@ -24,6 +24,9 @@ CURVES = (
     "backward_seconds",
     "optimizer_seconds",
     "checkpoint_seconds",
+    "nan",
+    "spike",
+    "skipped",
 )
 SECONDS_BETWEEN_READS = 2.0
 

@@ -14,7 +14,7 @@ from training.heartbeat import DATA, OPTIMIZER, Heart, Heartbeat, guilty, stacks
 
 TIMEOUT = 4.0
 # from the start of the job; a job of two ranks takes about ten to come to its third iteration
-LONGEST = 100
+LONGEST = 200
 # the tree before the tests, whose folder bridge would hide the package
 ENVIRONMENT = {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
 
@@ -72,6 +72,15 @@ def test_a_stopped_rank_is_named_and_ended(hang):
     assert (folder.parent / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == "2\n"
     pid = int(message.split("(process ")[1].split()[0])
     assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_keeps_the_interpreter_is_named_with_its_stack(hang):
+    message, folder = hang("busy")
+    assert "rank 1 (process " in message
+    assert "has given no sign of life for" in message
+    assert "in search_without_end" in message
+    assert time.time() - (folder / "report.json").stat().st_mtime < 20
 
 
 def beat(rank, *, iteration=7, phase=OPTIMIZER, since=100.0, published=200.0):

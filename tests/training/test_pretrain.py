@@ -1,4 +1,4 @@
-"""Real runs on two ranks agree with one; they go on in other layouts, and exactly after SIGTERM and kill -9."""
+"""Real runs on two ranks agree with one; they go on in other layouts, exactly after SIGTERM and kill -9."""
 
 import dataclasses
 import json

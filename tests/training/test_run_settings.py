@@ -42,7 +42,11 @@ def test_the_model_and_the_user_decide(values, name, expected):
 
 @pytest.mark.parametrize(
     "values",
-    [{"apply_rope_fusion": True}, {"cpu_offloading": True, "cpu_offloading_num_layers": 2}],
+    [
+        {"apply_rope_fusion": True},
+        {"cpu_offloading": True, "cpu_offloading_num_layers": 2},
+        {"context_parallel_size": 2},
+    ],
 )
 def test_what_cannot_be_is_refused(values):
     with pytest.raises(ConfigError, match=next(iter(values))):
