@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from training.callbacks import Callback, Step, is_due, metrics_path
+from training.checkpoint_folders import remove_old
 from training.checkpoint_saving import Saver, Sealed
 from training.hf_exports import Export, HfExports
 from training.metrics import append_metrics
@@ -53,6 +54,8 @@ class Checkpoints(Callback):
             self.exports.stop()
         else:
             self._report(run, self.exports.finish())
+            # those that stayed for their export only
+            remove_old(Path(str(run.config.checkpoint.save)), run.config.checkpoint.most_recent_k).join()
         for export in self.failed:
             print(f"iteration {export.iteration} was not exported: {export.error}", flush=True)
 

@@ -72,7 +72,15 @@ def write_file(transforms: list[Any], bucket: Any) -> Any:
     answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
     bucket = (path, name, (objects, ((item, compact(tensor)) for item, tensor in tensors)))
     FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, answer, waiting, use_fsync=True)
-    return answer.get()[1]
+    written = answer.get()[1]
+    return first_cause(written) if isinstance(written, Exception) else written
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """Return what made torch's zip writer give up, such as a full disk, rather than that it did."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
 
 
 def compact(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,146 @@
+"""Real runs on two ranks that go on from one another's checkpoints: layouts, experts, exports."""
+
+import json
+from pathlib import Path
+
+import pytest
+from process_groups import run_ranks
+
+from bridge.exporter import export_checkpoint
+from bridge.ledger import DIFFERENT, ONLY_A, ONLY_B, compare_ledgers, ledger
+from training.checkpoint_folders import complete_checkpoints
+from training.metrics import read_metrics
+
+EXPERTS = {
+    "model.num_moe_experts": 4,
+    "model.moe_ffn_hidden_size": 32,
+    "model.moe_router_topk": 2,
+    "checkpoint.pretrained_checkpoint": None,
+    # half of what is saved must not be what an optimizer begins with
+    "train.train_iters": 6,
+    "train.eval_interval": None,
+}
+LAYOUTS = {
+    "ep1": EXPERTS,
+    "ep2": {**EXPERTS, "model.expert_model_parallel_size": 2, "checkpoint.async_save": True},
+    "experts tp2": {
+        **EXPERTS,
+        "model.tensor_model_parallel_size": 2,
+        "model.sequence_parallel": True,
+    },
+    "experts pp2": {**EXPERTS, "model.pipeline_model_parallel_size": 2},
+    "dp2": {"checkpoint.async_save": True, "mixed_precision.bf16": True},
+    "pp2 vpp2": {
+        "model.pipeline_model_parallel_size": 2,
+        "model.virtual_pipeline_model_parallel_size": 2,
+        "mixed_precision.bf16": True,
+    },
+    "tp2": {"model.tensor_model_parallel_size": 2, "mixed_precision.bf16": True},
+}
+WHOLE = ("ep1", "ep2", "dp2")
+# from, to
+RESUMED = (
+    ("ep1", "ep2"),
+    ("ep2", "ep1"),
+    ("ep2", "experts tp2"),
+    ("ep2", "experts pp2"),
+    ("dp2", "tp2"),
+    ("dp2", "pp2 vpp2"),
+    # the same layout: bit for bit
+    ("ep2", "ep2"),
+    ("dp2", "dp2"),
+)
+# bf16 sums in another order
+TOLERANCE = {"ep1": 2e-5, "ep2": 2e-5, "dp2": 2e-3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_config, folder):
+    """The report of one job that makes all runs."""
+
+    def run(name, overrides, resume_from=None):
+        config = tiny_config(**overrides, **{"checkpoint.save": str(folder / name)})
+        config.logger.metrics_path = str(folder / f"{name}.jsonl")
+        return {"config": config.to_dict(), "resume_from": resume_from and str(resume_from)}
+
+    jobs = {name: run(name, LAYOUTS[name]) for name in WHOLE}
+    for before, after in RESUMED:
+        name = f"{before} to {after}"
+        jobs[name] = run(name, LAYOUTS[after], folder / before / "iter_0000003")
+    exporting = {"checkpoint.save_interval": 1, "checkpoint.most_recent_k": 1, "checkpoint.async_save": True}
+    exporting |= {"checkpoint.export_interval": 2, "checkpoint.export_most_recent_k": 2}
+    jobs["exporting"] = run(
+        "exporting",
+        {**exporting, "checkpoint.export_hf": str(folder / "exports")},
+        folder / "dp2/iter_0000003",
+    )
+    jobs["no family"] = run(
+        "no family",
+        {**EXPERTS, "model.hf_model_type": "", "checkpoint.export_hf": str(folder / "no exports")},
+    )
+    report = run_ranks(2, "training_jobs.runs", {"runs": jobs, "evaluate": {}}, folder / "job")
+    assert "error" not in report, report
+    return report
+
+
+def curve(folder, name, key):
+    return {line["iteration"]: line[key] for line in read_metrics(folder / f"{name}.jsonl") if key in line}
+
+
+@pytest.mark.parametrize(("before", "after"), RESUMED)
+@pytest.mark.parametrize("key", ["loss", "grad_norm"])
+def test_a_checkpoint_goes_on_in_another_layout(runs, folder, before, after, key):
+    found = curve(folder, f"{before} to {after}", key)
+    expected = {iteration: value for iteration, value in curve(folder, before, key).items() if iteration > 3}
+    assert list(found) == [4, 5, 6]
+    if before == after:
+        assert found == expected
+    else:
+        assert found == pytest.approx(expected, rel=TOLERANCE[before])
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_runs_learn(runs, folder, name):
+    """Else a resumed run that forgot its optimizer could not be told from one that did not."""
+    losses = curve(folder, name, "loss")
+    assert losses[6] < losses[1] - 0.05
+
+
+def test_exports_of_a_run_are_those_of_its_checkpoints(runs, folder):
+    exports = complete_checkpoints(folder / "exports")
+    assert [path.name for path in exports] == ["iter_0000004", "iter_0000006"]
+    assert [path.name for path in complete_checkpoints(folder / "exporting")] == ["iter_0000006"]
+    export_checkpoint(folder / "exporting", folder / "by hand")
+    comparison = compare_ledgers(ledger(folder / "by hand"), ledger(exports[-1]))
+    assert not [*comparison.names(ONLY_A), *comparison.names(ONLY_B), *comparison.names(DIFFERENT)]
+    assert compare_ledgers(ledger(exports[0]), ledger(exports[1])).names(DIFFERENT)
+    assert sorted(curve(folder, "exporting", "exported")) == [4, 6]
+    assert not [path for path in (folder / "exports").iterdir() if path not in exports]
+
+
+def test_an_export_that_fails_does_not_end_the_run(runs, folder):
+    assert runs["runs"]["no family"]["iteration"] == 6
+    errors = curve(folder, "no family", "export_error")
+    assert list(errors) == [6]
+    assert "model_type" in errors[6]
+    assert complete_checkpoints(folder / "no exports") == []
+
+
+def test_sealing_is_in_the_metrics(runs, folder):
+    written = curve(folder, "dp2", "checkpoint_written_seconds")
+    assert list(written) == [3, 6]
+    assert all(seconds > 0 for seconds in written.values())
+
+
+def test_the_record_names_every_file(runs, folder):
+    checkpoint = folder / "dp2" / "iter_0000006"
+    record = json.loads((checkpoint / "checkpoint.json").read_text())
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert set(record["files"]) == files - {"checkpoint.json"}
+    # every data-parallel rank wrote its part
+    assert {name[:4] for name in files if name.endswith(".distcp")} == {"__0_", "__1_"}
