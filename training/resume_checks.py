@@ -51,14 +51,16 @@ def describe_train_split(config: ConfigContainer) -> list[dict[str, Any]]:
         for dataset in find_datasets(config.dataset).values()
         for split, record in dataset.record["splits"].items()
     }
+    parts = find_parts(config.dataset, ["train"])["train"]
+    total = sum(part.weight for part in parts)
     return [
         {
             "path": str(part.prefix),
-            "weight": part.weight,
+            "share": round(part.weight / total, 12),
             "documents": [part.begin, part.end],
             "sha256": digests[str(part.prefix)][f"{part.prefix.name}.bin"],
         }
-        for part in find_parts(config.dataset, ["train"])["train"]
+        for part in parts
     ]
 
 
@@ -100,7 +102,7 @@ def check_data(now: dict[str, Any], before: dict[str, Any], folder: Path) -> Non
         if new["sha256"] != old["sha256"]:
             shown = [f"{each['path']} (SHA-256 {each['sha256'][:12]})" for each in (new, old)]
             refuse("a dataset of the blend", *shown, folder)
-        for name in ("weight", "documents"):
+        for name in ("share", "documents"):
             if new[name] != old[name]:
                 refuse(f"the {name} of {new['path']}", new[name], old[name], folder)
 

@@ -69,6 +69,16 @@ def test_unknown_names_are_refused(value, message):
         ({"model.recompute_modules": ["mlp"]}, 1, "needs model.recompute_granularity selective"),
         ({"model.recompute_granularity": "full"}, 1, "needs model.recompute_method"),
         ({"model.cpu_offloading": True}, 1, "cpu_offloading_num_layers is 0: give 1 to 15"),
+        ({"checkpoint.export_interval": 5}, 1, "needs checkpoint.export_hf"),
+        (
+            {
+                "checkpoint.export_hf": "exports",
+                "checkpoint.export_interval": 5,
+                "checkpoint.save_interval": 2,
+            },
+            1,
+            "give a multiple of checkpoint.save_interval, which is 2",
+        ),
         ({"profiling.profile_step_end": 5}, 1, "an end after it"),
         ({"profiling.use_pytorch_profiler": True}, 1, "profiling.output is null"),
         ({"resilience.on_nan": "ignore"}, 1, "allowed are stop, skip"),
