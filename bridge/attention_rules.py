@@ -69,12 +69,19 @@ class EmbeddingScale(ConfigRule):
 class WindowedLayers(ConfigRule):
     """`sliding_window` for the layers that `layer_types` names; without it, for all but every nth.
 
-    `window` and `pattern` are what transformers takes where the config does not say them.
+    `window` and `pattern` are what transformers takes where the config does not say them. Gemma 2 9B and 27B
+    have the window a second time, as `sliding_window_size`, which transformers does not read.
     """
 
     window: int
     pattern: int
-    keys = ("sliding_window", "layer_types", "sliding_window_pattern", "_sliding_window_pattern")
+    keys = (
+        "sliding_window",
+        "sliding_window_size",
+        "layer_types",
+        "sliding_window_pattern",
+        "_sliding_window_pattern",
+    )
 
     def read(self, config: Config) -> dict[str, Any]:
         window = config.get("sliding_window", self.window)
@@ -89,6 +96,10 @@ class WindowedLayers(ConfigRule):
             )
         if window is None:
             raise UnsupportedModelError("config.json has sliding_window null: a number is needed")
+        if (copy := config.get("sliding_window_size", window)) != window:
+            raise UnsupportedModelError(
+                f"config.json has sliding_window {window} but sliding_window_size {copy}: they must be equal"
+            )
         return {"window_size": (window - 1, 0), "window_attn_skip_freq": [int(t == SLIDING) for t in types]}
 
     def _types(self, config: Config) -> list[str]:
@@ -99,7 +110,7 @@ class WindowedLayers(ConfigRule):
         if provider.window_size is None or not isinstance(provider.window_attn_skip_freq, list):
             raise UnsupportedModelError(
                 f"model.window_size {provider.window_size} with model.window_attn_skip_freq"
-                f" {provider.window_attn_skip_freq}: this family needs a window and a list with a number a layer"
+                f" {provider.window_attn_skip_freq}: this family needs a window and a list of 0 and 1"
             )
         types = [SLIDING if windowed else FULL for windowed in provider.window_attn_skip_freq]
         return {"sliding_window": provider.window_size[0] + 1, "layer_types": types}

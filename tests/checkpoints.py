@@ -169,7 +169,7 @@ FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
             "factor": 8.0,
             "original_max_position_embeddings": 12,
             "max_position_embeddings": 512,
-            "beta_fast": 2.0,
+            "beta_fast": 0.8,
             "beta_slow": 0.1,
             "mscale": 1.0,
             "mscale_all_dim": 0.5,

@@ -41,7 +41,8 @@ def measured(
         import_checkpoint(hf, megatron)
         layouts = layouts_of(settings["family"])
         ends[name] = {"hf": str(hf), "megatron": str(megatron), "layouts": layouts}
-    return run_ranks(2, "bridge_jobs.layouts_job", {"checkpoints": ends}, folder)
+    # two minutes on two idle cores
+    return run_ranks(2, "bridge_jobs.layouts_job", {"checkpoints": ends}, folder, timeout=900)
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
