@@ -242,8 +242,12 @@ def moe_activations(model: GPTModelProvider, entering: int) -> float:
 
 
 def logits_bytes(config: ConfigContainer) -> int:
-    """Return the last stage's logits and their gradient in 16 bits; without fusion, the loss works in 32."""
+    """Return what the last stage's logits take at the peak, by the loss that computes them.
+
+    Transformer Engine's loss puts the gradient in the logits' place: 2 bytes each, and 1 more in the mean of
+    what was measured. Megatron's plain one keeps them in float32 as well, twice.
+    """
     model = config.model
     tokens = config.train.micro_batch_size * model.seq_length // model.context_parallel_size
-    each = 2 + 4 + 4 if model.cross_entropy_loss_fusion is False else 2 + 2
+    each = 2 + 4 + 4 if model.cross_entropy_loss_fusion is False else 2 + 1
     return tokens * model.padded_vocab_size // model.tensor_model_parallel_size * each

@@ -1,9 +1,13 @@
+from typing import Any
+
 import pytest
 import torch
 
 from bridge.families import provider_of
 from recipes.llama import llama3_8b_pretrain_config
 from recipes.qwen3 import qwen3_600m_pretrain_config
+from recipes.qwen3_moe import qwen3_30b_a3b_pretrain_config
+from recipes.registry import Recipe
 from training.config import ConfigContainer
 from training.memory_estimate import (
     ModelSize,
@@ -79,23 +83,51 @@ def test_saved_tensors_of_a_layer() -> None:
     assert layer_activations(model, moe=False) == norms + attention + mlp
 
 
+ONE_COPY = {
+    **{f"{kind}_model_parallel_size": 1 for kind in ("tensor", "pipeline", "expert")},
+    "context_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
+}
+LLAMA, QWEN = llama3_8b_pretrain_config, qwen3_30b_a3b_pretrain_config
+FP8 = "bf16_with_fp8_delayed_scaling_mixed"
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+# Layers, sequence, micro batch, global batch, GPUs, other settings; GiB at the peak of rank 0 of H200s, as
+# docs/benchmarks.md has them.
 MEASURED = [
-    # (layers, sequence, micro batch, GPUs, precision), GiB at the peak of an H200: docs/benchmarks.md
-    ((8, 4096, 2, 1, "bf16_mixed"), 59),
-    ((8, 4096, 4, 1, "bf16_mixed"), 70),
-    ((8, 4096, 2, 1, "bf16_with_fp8_delayed_scaling_mixed"), 61),
-    ((8, 4096, 4, 1, "bf16_with_fp8_delayed_scaling_mixed"), 71),
-    ((8, 4096, 4, 4, "bf16_with_fp8_delayed_scaling_mixed"), 47),
-    ((32, 8192, 1, 4, "bf16_mixed"), 105),
-    ((32, 8192, 1, 4, "bf16_with_fp8_delayed_scaling_mixed"), 113),
+    (LLAMA, (8, 4096, 2, 16, 1), {}, 59),
+    (LLAMA, (8, 4096, 4, 16, 1), {}, 70),
+    (LLAMA, (8, 4096, 2, 16, 1), {"precision": FP8}, 61),
+    (LLAMA, (8, 4096, 4, 16, 1), {"precision": FP8}, 71),
+    (LLAMA, (8, 4096, 4, 64, 4), {"precision": FP8}, 47),
+    (LLAMA, (32, 8192, 1, 64, 4), {}, 105),
+    (LLAMA, (32, 8192, 1, 64, 4), {"precision": FP8}, 113),
+    (LLAMA, (16, 8192, 1, 4, 2), {"tensor_model_parallel_size": 2}, 48.6),
+    (LLAMA, (16, 8192, 1, 8, 2), {"pipeline_model_parallel_size": 2}, 56.0),
+    (
+        LLAMA,
+        (16, 8192, 1, 8, 2),
+        {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+        60.5,
+    ),
+    (LLAMA, (16, 16384, 1, 4, 2), {"context_parallel_size": 2}, 71.4),
+    (LLAMA, (32, 8192, 2, 8, 2), FULL, 99.5),
+    (QWEN, (8, 4096, 2, 8, 2), {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}, 59.8),
+    (QWEN, (4, 4096, 4, 16, 2), {}, 47.6),
 ]
 
 
-@pytest.mark.parametrize(("run", "gib"), MEASURED)
+@pytest.mark.parametrize(("recipe", "sizes", "settings", "gib"), MEASURED)
 def test_estimate_is_within_a_tenth_of_what_was_measured(
-    run: tuple[int, int, int, int, str], gib: float
+    recipe: Recipe, sizes: tuple[int, ...], settings: dict[str, Any], gib: float
 ) -> None:
-    layers, sequence, micro_batch, gpus, precision = run
-    made = config(num_layers=layers, seq_length=sequence, micro_batch_size=micro_batch)
-    made.mixed_precision = mixed_precision(precision)
+    layers, sequence, micro_batch, global_batch, gpus = sizes
+    made = recipe(
+        num_layers=layers, seq_length=sequence, micro_batch_size=micro_batch, global_batch_size=global_batch
+    )
+    made.mixed_precision = mixed_precision(settings.get("precision", "bf16_mixed"))
+    layout = {**ONE_COPY, **{name: value for name, value in settings.items() if name != "precision"}}
+    for name, value in layout.items():
+        setattr(made.model, name, value)
+    made.model.sequence_parallel = made.model.tensor_model_parallel_size > 1
+    made.validate(gpus)
     assert estimate_memory(made, gpus).total / 2**30 == pytest.approx(gib, rel=0.1)
