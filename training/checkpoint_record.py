@@ -1,7 +1,8 @@
 """The record of a checkpoint, `checkpoint.json`: its files with their sizes, and the data it was trained on.
 
 It is written when everything else is, so that a file which is later missing, truncated or exchanged is named
-before anything is loaded. Tensors carry a checksum each in their files, which loading compares.
+before anything is loaded. Files with tensors are compared by size only: a digest would have all of them read
+once more.
 """
 
 import json

@@ -16,21 +16,21 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import extract_sharded_tensors_and_factories
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 SHARDING = "fully_reshardable"
 PREFIX = "optimizer.state"
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def local_state(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict[Any, Any]:
-    """Return this rank's part of an optimizer's state, or of a chain's; `weights` is the model's.
+def local_state(optimizer: ChainedOptimizer, weights: dict[str, Any]) -> dict[Any, Any]:
+    """Return this rank's part of the state of a chain, of one or more; `weights` is the model's.
 
-    The tensors are those of the optimizer, not copies.
+    The tensors are those of the optimizer, not copies, unless it keeps fewer bits than a checkpoint.
     """
     parameters = sharded_by_parameter(weights)
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    chained = optimizer.chained_optimizers
     if len(chained) == 1:
         return state_of_one(chained[0], parameters)
     optimizer._synchronize_steps()
@@ -66,9 +66,12 @@ def parts_of(
     states = optimizer._get_main_param_and_optimizer_states(parameter)
     pieces = list(global_pieces(sharded, parameter.shape))
     for name, state in states.items():
-        if name != "step":  # of the whole group, and saved there
-            for piece, first in pieces:
-                yield from boxes_of(piece, first, f"{PREFIX}.{name}.{sharded.key}", state, begin)
+        if name == "step":  # of the whole group, and saved there
+            continue
+        # a state of fewer bits has just been turned into fp32 in the GPU's memory
+        here = state.cpu() if optimizer.config.use_precision_aware_optimizer else state
+        for piece, first in pieces:
+            yield from boxes_of(piece, first, f"{PREFIX}.{name}.{sharded.key}", here, begin)
 
 
 def global_pieces(sharded: Any, shape: torch.Size) -> Iterator[tuple[ShardedTensor, int]]:
