@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from training.setup import Run
 
 NAN, SPIKE = "nan", "spike"
-STOP, SKIP = "stop", "skip"
+STOP, SKIP, IGNORE = "stop", "skip", "ignore"
 SHOWN = 3
 
 
@@ -35,7 +35,7 @@ class Faults:
     """Judges iterations by their loss and gradient norm, which every rank knows alike.
 
     A spike is a loss above `spike_factor` times the median of the last `spike_window` losses, once there are
-    `spike_warmup_iters` of them; iterations at fault are not among them.
+    `spike_warmup_iters` of them; iterations that are left out are not among them.
     """
 
     def __init__(self, config: ResilienceConfig) -> None:
@@ -46,7 +46,7 @@ class Faults:
     def judge(self, loss: float, grad_norm: float | None) -> Fault | None:
         """Return what is wrong, if anything is; a norm of None is that of fp16 gradients that overflowed."""
         fault = self._find(loss, grad_norm)
-        if fault is None:
+        if fault is None or fault.policy == IGNORE:
             self.losses.append(loss)
             self.seen += 1
         self.spikes += fault is not None and fault.kind == SPIKE
@@ -128,7 +128,7 @@ def update(run: "Run", results: list[dict[str, torch.Tensor]], sums: torch.Tenso
         loss = total / num_tokens if num_tokens else math.nan
         fault = run.faults.judge(loss, grad_norm)
         judged.append((loss, fault))
-        return fault is None or fault.policy not in (STOP, SKIP)
+        return fault is None or fault.policy == IGNORE
 
     updated, grad_norm, _ = run.optimizer.step(accepts)
     if not judged:

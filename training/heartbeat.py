@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,11 @@ def publish(folder: Path, rank: int, heart: Heart, *, hangs: bool) -> None:
 
 def read_heartbeats(folder: Path, ranks: int) -> list[Heartbeat]:
     """Return what was last published, by rank; nodes that do not see this folder are missing."""
-    files = (heartbeat_file(folder, rank) for rank in range(ranks))
-    return [Heartbeat(**json.loads(file.read_text())) for file in files if file.is_file()]
+    beats = []
+    for rank in range(ranks):
+        with suppress(FileNotFoundError):  # also that of a rank which has just finished
+            beats.append(Heartbeat(**json.loads(heartbeat_file(folder, rank).read_text())))
+    return beats
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:

@@ -152,6 +152,13 @@ def test_spikes_wait_for_the_warm_up_and_do_not_move_the_median():
     assert judged(Faults(config), [50, 2, 2, 9, 9, 9, 2]) == [None, None, None, SPIKE, SPIKE, SPIKE, None]
 
 
+def test_a_rise_that_is_ignored_becomes_the_new_level():
+    config = ResilienceConfig(on_spike="ignore", spike_factor=2, spike_window=3, spike_warmup_iters=3)
+    faults = Faults(config)
+    assert judged(faults, [2, 2, 2, 9, 9, 9, 9]) == [None, None, None, SPIKE, SPIKE, None, None]
+    assert (faults.spikes, faults.skipped) == (2, 0)
+
+
 def test_a_slow_rise_is_no_spike():
     config = ResilienceConfig(spike_factor=2, spike_window=3, spike_warmup_iters=3)
     assert judged(Faults(config), [2, 2, 2, 3, 4, 5, 6, 7]) == [None] * 8
