@@ -22,7 +22,6 @@ def run_settings(provider: GPTModelProvider, transformer_engine: bool) -> dict[s
     """Return values for Megatron's TransformerConfig; `transformer_engine` says whose modules it has."""
     possible = possible_fusions(provider) if transformer_engine else frozenset()
     check_offloading(provider, transformer_engine)
-    check_context(provider, transformer_engine)
     return {name: decided(provider, name, name in possible) for name in FUSIONS}
 
 
@@ -79,12 +78,4 @@ def check_offloading(provider: GPTModelProvider, transformer_engine: bool) -> No
         raise ConfigError(
             "model.cpu_offloading moves activations from a GPU by Transformer Engine, and there is none here:"
             " set it to false"
-        )
-
-
-def check_context(provider: GPTModelProvider, transformer_engine: bool) -> None:
-    if provider.context_parallel_size > 1 and not transformer_engine:
-        raise ConfigError(
-            f"model.context_parallel_size is {provider.context_parallel_size}, but attention over a spread"
-            " sequence is Transformer Engine's, and there is none here: set it to 1"
         )

@@ -38,6 +38,7 @@ LAYOUTS = {
         "ddp.overlap_grad_reduce": True,
         "ddp.overlap_param_gather": True,
     },
+    "cp2": {"model.context_parallel_size": 2},
     "dp2": {},
     "dp2 overlapped": {"ddp.overlap_grad_reduce": True, "ddp.overlap_param_gather": True},
     "pp2 uneven": {

@@ -45,7 +45,6 @@ def test_the_model_and_the_user_decide(values, name, expected):
     [
         {"apply_rope_fusion": True},
         {"cpu_offloading": True, "cpu_offloading_num_layers": 2},
-        {"context_parallel_size": 2},
     ],
 )
 def test_what_cannot_be_is_refused(values):
