@@ -25,7 +25,7 @@ class GateError(BridgeworksError):
 
 
 class DivergenceError(BridgeworksError):
-    """A training run met a loss or gradient with which it cannot go on; starting again would meet it again."""
+    """A training run met a loss or gradient with which it cannot go on; another start would meet it too."""
 
 
 class InputError(BridgeworksError):

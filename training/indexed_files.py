@@ -7,6 +7,7 @@ builder computes the offsets in a Python loop; a test holds the two byte for byt
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 from numpy.typing import NDArray
@@ -16,7 +17,10 @@ from bridge.errors import CheckpointError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {4: numpy.dtype("<i4"), 8: numpy.dtype("<u2")}  # Megatron's codes of what it trains on
+DTYPES: dict[int, numpy.dtype[Any]] = {
+    4: numpy.dtype("<i4"),
+    8: numpy.dtype("<u2"),
+}  # Megatron's codes of what it trains on
 LARGEST_UINT16_VOCABULARY = 65499  # DType.optimal_dtype
 
 

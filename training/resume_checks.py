@@ -100,8 +100,8 @@ def check_data(now: dict[str, Any], before: dict[str, Any], folder: Path) -> Non
         refuse("the blend", paths_of(now), paths_of(before), folder)
     for new, old in zip(now["train"], before["train"], strict=True):
         if new["sha256"] != old["sha256"]:
-            shown = [f"{each['path']} (SHA-256 {each['sha256'][:12]})" for each in (new, old)]
-            refuse("a dataset of the blend", *shown, folder)
+            found, expected = (f"{each['path']} (SHA-256 {each['sha256'][:12]})" for each in (new, old))
+            refuse("a dataset of the blend", found, expected, folder)
         for name in ("share", "documents"):
             if new[name] != old[name]:
                 refuse(f"the {name} of {new['path']}", new[name], old[name], folder)

@@ -114,7 +114,7 @@ class _Writer:
             for batch in _batches(self._limited(self._texts(part))):
                 output.write(self._encode(batch).tobytes())
         with _whole(index) as output:
-            numpy.savez(output, **self._arrays())
+            numpy.savez(output, allow_pickle=False, **self._arrays())
 
     def _texts(self, part: Slice) -> Iterator[str]:
         for piece in part.pieces:
