@@ -59,19 +59,24 @@ def choose_rope(model: GPTModel, provider: GPTModelProvider) -> None:
 
 
 def scale_queries(model: GPTModel, beta: float, original_length: int) -> None:
-    """Multiply turned queries by 1 + beta log(1 + floor(position / original_length)), as Llama 4 does.
-
-    transformers/models/ministral3/modeling_ministral3.py, get_llama_4_attn_scale.
-    """
+    """Multiply turned queries by `position_scale`."""
 
     def multiply(module: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> Any:
         query, *others = args
         positions = query_positions(query, kwargs.get("packed_seq_params"))
-        scale = 1 + beta * torch.log(1 + torch.floor(positions / original_length))
+        scale = position_scale(positions, beta, original_length)
         return (query * scale.to(query.dtype).view(-1, *[1] * (query.dim() - 1)), *others), kwargs
 
     for layer in model.decoder.layers:
         layer.self_attention.core_attention.register_forward_pre_hook(multiply, with_kwargs=True)
+
+
+def position_scale(positions: Tensor, beta: float, original_length: int) -> Tensor:
+    """Return 1 + beta log(1 + floor(position / original_length)), by which Llama 4 lets queries grow.
+
+    transformers/models/ministral3/modeling_ministral3.py, get_llama_4_attn_scale.
+    """
+    return 1 + beta * torch.log(1 + torch.floor(positions / original_length))
 
 
 def query_positions(query: Tensor, packed: PackedSeqParams | None) -> Tensor:

@@ -10,13 +10,11 @@ from typing import Any
 TESTS = Path(__file__).parent
 
 
-def run_ranks(
-    ranks: int, module: str, config: dict[str, Any], folder: Path, timeout: int = 240
-) -> dict[str, Any]:
+def run_ranks(ranks: int, module: str, config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run `module.main(config)` on `ranks` ranks through bridge.job and return its report, an error's too.
 
     Modules beside this file and in its folders are found by their dotted names. One start takes about ten
-    seconds, so a job should answer several tests; it may take `timeout` seconds.
+    seconds, so a job should answer several tests.
     """
     folder.mkdir(parents=True, exist_ok=True)
     job, report = folder / "job.json", folder / "report.json"
@@ -27,7 +25,7 @@ def run_ranks(
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=240,
     )
     assert report.is_file(), finished.stderr[-4000:]
     return json.loads(report.read_text())

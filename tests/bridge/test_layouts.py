@@ -1,5 +1,6 @@
-"""Live models in every layout of two ranks; one process group answers all tests."""
+"""Live models in every layout of two ranks; one process group answers many tests."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,42 +31,45 @@ CASES = [
 ]
 
 
+# So many checkpoints for one process group: a start takes ten seconds, one test at most five minutes.
+BATCH = 5
+Measured = Callable[[str], dict[str, Any]]
+
+
 @pytest.fixture(scope="module")
-def measured(
-    hf_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("layouts")
-    ends: dict[str, dict[str, Any]] = {}
-    for name, settings in CHECKPOINTS.items():
-        hf, megatron = hf_checkpoint(**settings), folder / name
-        import_checkpoint(hf, megatron)
-        layouts = layouts_of(settings["family"])
-        ends[name] = {"hf": str(hf), "megatron": str(megatron), "layouts": layouts}
-    # two minutes on two idle cores
-    return run_ranks(2, "bridge_jobs.layouts_job", {"checkpoints": ends}, folder, timeout=900)
+def measured(hf_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    """Return what the job found out about a checkpoint, by layout."""
+    names = list(CHECKPOINTS)
+
+    @functools.cache
+    def measure(batch: int) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("layouts")
+        ends: dict[str, dict[str, Any]] = {}
+        for name in names[batch * BATCH : (batch + 1) * BATCH]:
+            hf, megatron = hf_checkpoint(**CHECKPOINTS[name]), folder / name
+            import_checkpoint(hf, megatron)
+            layouts = layouts_of(CHECKPOINTS[name]["family"])
+            ends[name] = {"hf": str(hf), "megatron": str(megatron), "layouts": layouts}
+        return run_ranks(2, "bridge_jobs.layouts_job", {"checkpoints": ends}, folder)
+
+    return lambda name: measure(names.index(name) // BATCH)[name]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_weights_are_bitwise_those_of_the_files(
-    name: str, layout: str, measured: dict[str, dict[str, Any]]
-) -> None:
-    assert measured[name][layout]["from_hf"]
+def test_weights_are_bitwise_those_of_the_files(name: str, layout: str, measured: Measured) -> None:
+    assert measured(name)[layout]["from_hf"]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_megatron_loads_an_imported_checkpoint_bitwise(
-    name: str, layout: str, measured: dict[str, dict[str, Any]]
-) -> None:
-    assert measured[name][layout]["from_megatron"]
+def test_megatron_loads_an_imported_checkpoint_bitwise(name: str, layout: str, measured: Measured) -> None:
+    assert measured(name)[layout]["from_megatron"]
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_gradients_agree_with_transformers(
-    name: str, layout: str, measured: dict[str, dict[str, Any]]
-) -> None:
-    assert measured[name][layout]["gradients"] < 1e-4
+def test_gradients_agree_with_transformers(name: str, layout: str, measured: Measured) -> None:
+    assert measured(name)[layout]["gradients"] < 1e-4
 
 
 @pytest.mark.parametrize(("name", "layout"), [case for case in CASES if case[1] != "pp2 vpp2"])
-def test_logits_agree_with_transformers(name: str, layout: str, measured: dict[str, dict[str, Any]]) -> None:
-    assert measured[name][layout]["max_abs"] < 1e-4
+def test_logits_agree_with_transformers(name: str, layout: str, measured: Measured) -> None:
+    assert measured(name)[layout]["max_abs"] < 1e-4
