@@ -245,10 +245,12 @@ def local_folder(path: str | Path, revision: str | None = None) -> Path:
 
 
 def without_own_code(config: dict[str, Any], trust_remote_code: bool) -> dict[str, Any]:
-    """Refuse a checkpoint that brings modelling code, unless its use as a known family is asked for.
+    """Refuse a checkpoint that brings modelling code which its family does not know, unless told otherwise.
 
-    The code is not run in either case: a bridge has its own rules, and transformers its own implementation.
+    The code is not run in any case: a bridge has its own rules, and transformers its own implementation.
     """
+    if any("auto_map" in rule.keys for rule in family_of(config).config) and not trust_remote_code:
+        return config  # the family knows the code of its releases, and judges it
     if "auto_map" in config and not trust_remote_code:
         raise UnsupportedModelError(
             "config.json names code of its own (auto_map): pass trust_remote_code=True to convert the model"

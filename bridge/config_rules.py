@@ -20,6 +20,8 @@ class ConfigRule(ABC):
     """Keys of a Hugging Face config and the provider fields that they set."""
 
     keys: tuple[str, ...]
+    travels: bool = True
+    """Whether an export keeps the source's own spelling of these keys."""
 
     @abstractmethod
     def read(self, config: Config) -> dict[str, Any]:
@@ -101,6 +103,31 @@ class Carried(ConfigRule):
     keys: tuple[str, ...]
 
     def read(self, config: Config) -> dict[str, Any]:
+        return {}
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class OwnCode(ConfigRule):
+    """`auto_map`: the code that a model was released with before transformers had it; never run nor exported.
+
+    `classes` are those of the released checkpoints: other code may compute something else.
+    """
+
+    classes: tuple[str, ...]
+    keys = ("auto_map",)
+    travels = False
+
+    def read(self, config: Config) -> dict[str, Any]:
+        named = dict(config.get("auto_map") or {})
+        named.pop("AutoTokenizer", None)
+        if unknown := sorted(set(named.values()) - set(self.classes)):
+            raise UnsupportedModelError(
+                f"config.json has auto_map with code of its own, {unknown[0]!r}: this family knows"
+                f" {', '.join(self.classes)}"
+            )
         return {}
 
     def write(self, provider: GPTModelProvider) -> dict[str, Any]:

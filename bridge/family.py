@@ -46,6 +46,8 @@ class Family:
 
     def _keys_of(self, rule: ConfigRule, provider: GPTModelProvider) -> dict[str, Any]:
         """Keep the source's own spelling as long as it still means what the provider says."""
+        if not rule.travels:
+            return rule.write(provider)
         source = provider.hf_config
         meant = rule.read(source) if source else None
         written = rule.write(provider)

@@ -119,3 +119,9 @@ LATENT_ATTENTION: tuple[Mapping, ...] = (
     attention_tensor("linear_kv_up_proj.weight", "kv_b_proj", "latent_key_value_size", "kv_lora_rank"),
     attention_tensor("linear_proj.weight", "o_proj", "hidden_size", "latent_value_size"),
 )
+
+
+def own_code(model: str) -> tuple[str, ...]:
+    """Return the classes that DeepSeek's checkpoints name in `auto_map`, such as those of "DeepseekV3"."""
+    modelling = (f"modeling_deepseek.{model}{kind}" for kind in ("Model", "ForCausalLM"))
+    return f"configuration_deepseek.{model}Config", *modelling

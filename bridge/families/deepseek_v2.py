@@ -1,11 +1,11 @@
 """DeepSeek-V2: latent attention, experts chosen by softmax scores, in V2 from the best groups."""
 
-from bridge.config_rules import Constant, Field, Requires, Rope
+from bridge.config_rules import Constant, Field, OwnCode, Requires, Rope
 from bridge.decoder import BUFFERS, EMBEDDING, OUTPUT, gated_mlp
 from bridge.experts import expert_weights, shared_expert_weights
 from bridge.family import Family
 from bridge.grouped_routing import DenseFirst, GreedyGroupLimit, SharedExperts
-from bridge.latent_decoder import LATENT_ATTENTION, LATENT_CONFIG, LATENT_ROPES, OriginalRequires
+from bridge.latent_decoder import LATENT_ATTENTION, LATENT_CONFIG, LATENT_ROPES, OriginalRequires, own_code
 from bridge.mapping import MegatronMappingRegistry
 
 FAMILY = Family(
@@ -14,6 +14,7 @@ FAMILY = Family(
     covers=("DeepSeek-V2", "DeepSeek-V2.5", "DeepSeek-V2-Lite", "DeepSeek-Coder-V2"),
     config=(
         *LATENT_CONFIG,
+        OwnCode(own_code("DeepseekV2")),
         Rope(theta=10000.0, types=LATENT_ROPES),
         Requires("mlp_bias", (False,)),
         DenseFirst(dense=0, experts=64),

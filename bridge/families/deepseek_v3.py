@@ -1,11 +1,11 @@
 """DeepSeek-V3: latent attention, experts chosen by sigmoid scores in groups, multi-token prediction."""
 
-from bridge.config_rules import Constant, Field, Requires, Rope
+from bridge.config_rules import Constant, Field, OwnCode, Requires, Rope
 from bridge.decoder import BUFFERS, EMBEDDING, OUTPUT, gated_mlp
 from bridge.experts import expert_weights, shared_expert_weights
 from bridge.family import Family
 from bridge.grouped_routing import EXPERT_BIAS, DenseFirst, GroupLimit, NormalizedSigmoid, SharedExperts
-from bridge.latent_decoder import LATENT_ATTENTION, LATENT_CONFIG, LATENT_ROPES, OriginalRequires
+from bridge.latent_decoder import LATENT_ATTENTION, LATENT_CONFIG, LATENT_ROPES, OriginalRequires, own_code
 from bridge.mapping import MegatronMappingRegistry
 from bridge.mtp import PREDICTION_COPIES, PredictionLayers, prediction_weights
 
@@ -23,6 +23,7 @@ FAMILY = Family(
     covers=("DeepSeek-V3", "DeepSeek-V3-0324", "DeepSeek-V3.1", "DeepSeek-R1", "Moonlight-16B-A3B"),
     config=(
         *LATENT_CONFIG,
+        OwnCode(own_code("DeepseekV3")),
         Rope(theta=10000.0, types=LATENT_ROPES),
         Requires("rope_interleave", (True,)),
         DenseFirst(dense=3, experts=256),

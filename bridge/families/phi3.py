@@ -1,7 +1,7 @@
 """Phi-3: Llama's shape with query, key and value in one tensor, gate and up in another; longrope."""
 
 from bridge.attention_rules import Former, OriginalLengthRope
-from bridge.config_rules import HeadDim, Requires, SlidingWindow
+from bridge.config_rules import HeadDim, OwnCode, Requires, SlidingWindow
 from bridge.decoder import (
     ATTENTION_NORM,
     BUFFERS,
@@ -17,12 +17,6 @@ from bridge.decoder import (
 from bridge.family import Family
 from bridge.mapping import MegatronMappingRegistry
 
-# The model's own code, on which transformers' phi3 is modelled; it is not run.
-OWN_CODE = {
-    "AutoConfig": "configuration_phi3.Phi3Config",
-    "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
-}
-
 FAMILY = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
@@ -35,7 +29,7 @@ FAMILY = Family(
         Requires("resid_pdrop", (0.0,)),
         Requires("embd_pdrop", (0.0,)),
         *(Former(key, (False,)) for key in ("attention_bias", "mlp_bias", "lm_head_bias")),
-        Former("auto_map", (None, OWN_CODE, OWN_CODE | {"AutoTokenizer": "Xenova/gpt-4o"})),
+        OwnCode(("configuration_phi3.Phi3Config", "modeling_phi3.Phi3ForCausalLM")),
         Former("full_attn_mod", (1,)),
         Former("interpolate_factor", (1,)),
     ),

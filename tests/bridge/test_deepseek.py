@@ -18,6 +18,11 @@ YARN = {
 
 V3: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModel": "modeling_deepseek.DeepseekV3Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    },
     "attention_bias": False,
     "attention_dropout": 0.0,
     "aux_loss_alpha": 0.001,
@@ -98,6 +103,11 @@ MOONLIGHT: dict[str, Any] = {
 V2: dict[str, Any] = {
     **{k: v for k, v in V3.items() if k not in ("quantization_config", "num_nextn_predict_layers")},
     "architectures": ["DeepseekV2ForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_deepseek.DeepseekV2Config",
+        "AutoModel": "modeling_deepseek.DeepseekV2Model",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV2ForCausalLM",
+    },
     "bos_token_id": 100000,
     "eos_token_id": 100001,
     "first_k_dense_replace": 1,
@@ -141,7 +151,14 @@ RELEASED = {"V3": V3, "Moonlight": MOONLIGHT, "V2": V2, "V2-Lite": V2_LITE}
 def test_released_configs_come_back(name: str) -> None:
     config = RELEASED[name]
     written = family_of(config).hf_config(provider_of(config))
-    assert written == {key: value for key, value in config.items() if key != "quantization_config"}
+    left_out = ("quantization_config", "auto_map")
+    assert written == {key: value for key, value in config.items() if key not in left_out}
+
+
+def test_code_of_another_model_is_refused() -> None:
+    provider_of({**V3, "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}})
+    with pytest.raises(UnsupportedModelError, match="modeling_own"):
+        provider_of({**V3, "auto_map": {"AutoModelForCausalLM": "modeling_own.DeepseekV3ForCausalLM"}})
 
 
 # in billions, as the model cards have them; V3's 671 leave out the prediction layer
