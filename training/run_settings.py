@@ -31,7 +31,14 @@ def possible_fusions(provider: GPTModelProvider) -> frozenset[str]:
     possible.remove(unused_activation(provider))
     if not fusible_activation(provider):
         possible -= {"bias_activation_fusion", "use_te_activation_func"}
-    if provider.multi_latent_attention or provider.rotary_interleaved or provider.rope_local_parameters:
+    # the fused kernel knows no factor on cosines and sines, and rope_utils.py drops it for packed sequences
+    scaled = provider.rope_parameters["rope_type"] in ("yarn", "longrope")
+    if (
+        provider.multi_latent_attention
+        or provider.rotary_interleaved
+        or provider.rope_local_parameters
+        or scaled
+    ):
         possible.remove("apply_rope_fusion")
     if provider.num_moe_experts is not None and provider.add_bias_linear:
         possible.remove("bias_dropout_fusion")  # refused by the experts' module, which adds its biases itself
