@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from bridge.errors import UnsupportedModelError
@@ -18,6 +17,8 @@ def families() -> dict[str, Family]:
 
     A package offers one by an entry point in the group "bridgeworks.families" that names a `Family`.
     """
+    from importlib.metadata import entry_points  # a tenth of what a conversion has to import
+
     own = [
         importlib.import_module(f"{__name__}.{module.name}").FAMILY
         for module in pkgutil.iter_modules(__path__)
