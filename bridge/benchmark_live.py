@@ -74,7 +74,6 @@ def main() -> None:
         if layouts:
             with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-live-") as name:
                 rows += measure_model(Path(name), model, layouts, arguments)
-    show(rows)
     print(json.dumps({"machine": machine(), "rows": rows, **ratios(rows)}))
 
 
@@ -89,7 +88,9 @@ def measure_model(
         for layout in layouts if ranks > 1 else layouts[:1]:
             config = {"hf": str(hf), "megatron": str(megatron), "repeats": arguments.repeats}
             found = run_job({**config, "layout": {LAYOUTS[layout][1]: ranks}}, ranks, folder)
-            rows += [{"ranks": ranks, "layout": layout if ranks > 1 else model, **row} for row in found]
+            found = [{"ranks": ranks, "layout": layout if ranks > 1 else model, **row} for row in found]
+            show(found)
+            rows += found
     return rows
 
 
@@ -147,22 +148,22 @@ def run_job(config: dict[str, Any], ranks: int, folder: Path) -> list[dict[str, 
 
 
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Return how many times as long the ordinary way takes, by what, ranks and layout."""
-    seconds = {(row["ranks"], row["layout"], row["what"]): row["seconds"] for row in rows}
+    """Return how many times as long an ordinary way takes as ours beside it, by layout and ranks."""
+    seconds = {(row["layout"], row["ranks"], row["what"]): row["seconds"] for row in rows}
     return {
-        f"{what.replace(' ', '_')}_vs_{other.replace(' ', '_')}_{ranks}_{layout}": round(
-            seconds[ranks, layout, other] / value, 2
+        f"{row['what']} / {row['beside']}, {row['layout']} on {row['ranks']}": round(
+            row["seconds"] / seconds[row["layout"], row["ranks"], row["beside"]], 2
         )
-        for (ranks, layout, what), value in seconds.items()
-        for other in (row["what"] for row in rows if row.get("beside") == what)
-        if (ranks, layout, other) in seconds
+        for row in rows
+        if row["beside"]
     }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
+    """Print what one job measured."""
     table = Table("ranks", "layout", "what", "seconds", "GB/s", "peak MiB", "ratio")
     for row in rows:
-        beside = next((r for r in rows if same_job(r, row) and r["what"] == row.get("beside")), None)
+        beside = next((other for other in rows if other["what"] == row["beside"]), None)
         ratio = f"{row['seconds'] / beside['seconds']:.2f}" if beside else ""
         numbers = (
             f"{row['seconds']:.2f}",
@@ -171,10 +172,6 @@ def show(rows: list[dict[str, Any]]) -> None:
         )
         table.add_row(str(row["ranks"]), row["layout"], row["what"], *numbers, ratio)
     Console(width=110).print(table)
-
-
-def same_job(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    return (a["ranks"], a["layout"]) == (b["ranks"], b["layout"])
 
 
 def machine() -> str:
