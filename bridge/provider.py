@@ -186,9 +186,7 @@ class GPTModelProvider:
     @property
     def expert_ranks(self) -> int:
         """Ranks that all experts of the model take; they are not more than those of data parallelism."""
-        return (
-            self.expert_model_parallel_size * self.expert_tensor_size * self.pipeline_model_parallel_size
-        )
+        return self.expert_model_parallel_size * self.expert_tensor_size * self.pipeline_model_parallel_size
 
     @property
     def model_parallel_size(self) -> int:
