@@ -65,7 +65,7 @@ def test_a_stopped_rank_is_named_and_ended(hang):
     error = json.loads((folder / "report.json").read_text())["error"]
     # iterations are faster than heartbeats here
     assert error["rank"] == 1
-    assert error["iteration"] in (2, 3)
+    assert error["iteration"] in (1, 2, 3)
     assert "has given no sign of life for" in message
     # torchrun would wait for half a minute until it ends a stopped process
     assert time.time() - (folder / "report.json").stat().st_mtime < 20
