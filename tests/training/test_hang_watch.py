@@ -63,9 +63,8 @@ def test_a_rank_asleep_in_its_data_is_named_with_its_stack(hang):
 def test_a_stopped_rank_is_named_and_ended(hang):
     message, folder = hang("stopped")
     error = json.loads((folder / "report.json").read_text())["error"]
-    # iterations are faster than heartbeats here
     assert error["rank"] == 1
-    assert error["iteration"] in (1, 2, 3)
+    assert error["iteration"] <= 3  # iterations are faster than heartbeats here
     assert "has given no sign of life for" in message
     # torchrun would wait for half a minute until it ends a stopped process
     assert time.time() - (folder / "report.json").stat().st_mtime < 20
