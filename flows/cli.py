@@ -43,8 +43,6 @@ Dtype = Annotated[
 ]
 Tensor = Annotated[int, typer.Option("--tp", min=1, max=64, help="tensor_model_parallel_size")]
 Pipeline = Annotated[int, typer.Option("--pp", min=1, max=64, help="pipeline_model_parallel_size")]
-Context = Annotated[int, typer.Option("--cp", min=1, max=64, help="context_parallel_size")]
-Expert = Annotated[int, typer.Option("--ep", min=1, max=256, help="expert_model_parallel_size")]
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The release spec, a YAML or JSON file.")]
 
 

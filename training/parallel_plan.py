@@ -109,7 +109,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """Every layout that can run, the quickest that fits first; `refused` counts those that cannot, by why."""
+    """Every layout that the sizes allow, quickest first: those that fit, and those that need more memory.
+
+    `tokens` are those of one iteration.
+    """
 
     gpu: Gpu
     num_gpus: int
