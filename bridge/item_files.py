@@ -6,17 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bridge.byte_copy import (
-    BUFFER_SIZE,
+    MAPPED_SIZE,
     OpenFiles,
     ProgressCounter,
-    ThreadBuffer,
     copy_range,
     crc32,
     for_each,
     write_from,
 )
 from bridge.chunk_plan import ByteRange, HfRows, Piece
-from bridge.memory import MAX_PART_SIZE, MIN_BUFFER_SIZE, MemoryLimit
+from bridge.memory import MAX_PART_SIZE, MemoryLimit
 from bridge.quantization import HfTensor
 from bridge.staging import Journal
 from bridge.torch_dist.items import ALIGNMENT, TensorItem
@@ -75,12 +74,11 @@ class ItemWriter:
         if computed:
             import torch  # noqa: F401 -- now, so that what it takes is counted
         workers, size = memory.share(
-            workers, max(computed, MIN_BUFFER_SIZE), MAX_PART_SIZE if computed else BUFFER_SIZE
+            workers, max(computed, MAPPED_SIZE), MAX_PART_SIZE if computed else MAPPED_SIZE
         )
-        buffer = ThreadBuffer(min(size, BUFFER_SIZE))
 
         def write_file(file: ItemFile) -> None:
-            self._write_file(journal.folder / file.name, file, sources, buffer, size, counter)
+            self._write_file(journal.folder / file.name, file, sources, size, counter)
             journal.finish(file.name)
 
         with OpenFiles() as sources:
@@ -91,7 +89,6 @@ class ItemWriter:
         path: Path,
         file: ItemFile,
         sources: OpenFiles,
-        buffer: ThreadBuffer,
         size: int,
         counter: ProgressCounter,
     ) -> None:
@@ -101,8 +98,8 @@ class ItemWriter:
                 crc, position = 0, item.payload_start
                 for part in piece.parts:
                     if isinstance(part, ByteRange):
-                        source = sources.descriptor(part.file)
-                        crc = copy_range(source, part.offset, part.nbytes, target, position, buffer.view, crc)
+                        source = sources.mapped(part.file)
+                        crc = copy_range(source, part.offset, part.nbytes, target, position, crc)
                         position += part.nbytes
                     else:
                         for data in self._computed_bytes(part, piece, sources, size):

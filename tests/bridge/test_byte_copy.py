@@ -1,0 +1,70 @@
+"""Copies of byte ranges: exact at any offset, in bounded memory, and an error where a file ends early."""
+
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+from bridge.byte_copy import MAPPED_SIZE, OpenFiles, copy_range
+from bridge.errors import CheckpointError
+
+
+@pytest.mark.parametrize("start", [0, 1, 4095, MAPPED_SIZE - 3])
+@pytest.mark.parametrize("nbytes", [0, 1, 4097, 2 * MAPPED_SIZE + 5])
+def test_copies_any_range(start: int, nbytes: int, tmp_path: Path) -> None:
+    data = os.urandom(4 * MAPPED_SIZE)
+    (tmp_path / "source").write_bytes(data)
+    target = os.open(tmp_path / "target", os.O_CREAT | os.O_WRONLY)
+    with OpenFiles() as files:
+        crc = copy_range(files.mapped(tmp_path / "source"), start, nbytes, target, 7, zlib.crc32(b"before"))
+    os.close(target)
+    wanted = data[start : start + nbytes]
+    assert (tmp_path / "target").read_bytes()[7:] == wanted
+    assert crc == zlib.crc32(b"before" + wanted)
+
+
+def test_a_file_too_short_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(100))
+    with OpenFiles() as files, pytest.raises(CheckpointError, match="ends at byte 100, in the middle"):
+        copy_range(files.mapped(tmp_path / "source"), 50, 51, -1, 0)
+
+
+def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path) -> None:
+    """In a process of its own, which a signal would end."""
+    program = """
+import os, sys
+from bridge.byte_copy import OpenFiles, copy_range
+source, target = sys.argv[1:]
+with OpenFiles() as files:
+    mapped = files.mapped(source)
+    os.truncate(source, 1 << 20)
+    copy_range(mapped, 0, 4 << 20, os.open(target, os.O_CREAT | os.O_WRONLY), 0)
+"""
+    (tmp_path / "source").write_bytes(bytes(4 << 20))
+    paths = [str(tmp_path / "source"), str(tmp_path / "target")]
+    ended = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert "CheckpointError: a file became shorter while it was read: fetch it again" in ended.stderr
+
+
+def test_what_was_copied_is_not_resident(tmp_path: Path) -> None:
+    program = """
+import os, sys
+from bridge.byte_copy import OpenFiles, copy_range
+from bridge.memory import peak_bytes
+source, target = sys.argv[1:]
+before = peak_bytes()
+with OpenFiles() as files:
+    copy_range(files.mapped(source), 0, 200 << 20, os.open(target, os.O_CREAT | os.O_WRONLY), 0)
+print(peak_bytes() - before)
+"""
+    with (tmp_path / "source").open("wb") as file:
+        file.truncate(200 << 20)
+    paths = [str(tmp_path / "source"), str(tmp_path / "target")]
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True
+    )
+    assert int(ended.stdout) < 8 << 20
