@@ -43,13 +43,32 @@ def check_megatron_coverage(plan: WeightPlan, stored: dict[str, StoredTensor], w
         _check_dtype(key, stored[key].dtype, where)
 
 
+# Released configs keep the number of prediction layers whether or not the weights have them: transformers
+# saves none.
+FEWER_PREDICTION_LAYERS = (
+    "; its config promises more layers of multi-token prediction than it has: set num_nextn_predict_layers to"
+    " 0 if it comes without them"
+)
+MORE_PREDICTION_LAYERS = (
+    "; it has more layers of multi-token prediction than its config says: set num_nextn_predict_layers to"
+    " their number, or to 0 and take their tensors out"
+)
+
+
 def _check_names(declared: Iterable[str], found: Iterable[str], where: str) -> None:
     if missing := sorted(set(declared) - set(found)):
+        hint = FEWER_PREDICTION_LAYERS if _predict(missing) else ""
         raise CoverageError(
-            f"{where} lacks {_first_of(missing)}: the checkpoint is not of the model it names"
+            f"{where} lacks {_first_of(missing)}: the checkpoint is not of the model it names{hint}"
         )
     if left_over := sorted(set(found) - set(declared)):
-        raise CoverageError(f"{where} holds {_first_of(left_over)}, for which the family has no rule")
+        hint = MORE_PREDICTION_LAYERS if _predict(left_over) else ""
+        raise CoverageError(f"{where} holds {_first_of(left_over)}, for which the family has no rule{hint}")
+
+
+def _predict(names: Iterable[str]) -> bool:
+    """Say whether a projection is among the tensors that, at both ends, only a prediction layer has."""
+    return any(name.endswith(".eh_proj.weight") for name in names)
 
 
 def _first_of(names: list[str]) -> str:

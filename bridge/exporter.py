@@ -66,7 +66,9 @@ def export_checkpoint(
             for file in checkpoint.side_files:
                 shutil.copyfile(file, journal.folder / file.name)
             _ShardWriter(view, journal, counter).write(plan_shards(view.tensors, limit), workers, memory)
-    return Conversion(Path(hf_path), len(view.tensors), total, time.monotonic() - began, counter.resumed)
+    return Conversion(
+        Path(hf_path), len(view.plan.hf_shapes), total, time.monotonic() - began, counter.resumed
+    )
 
 
 class _Range(NamedTuple):
