@@ -14,9 +14,10 @@ from bridge.mapping import WeightPlan
 class Conversion:
     """One import or export: `tensors` counts the model's Hugging Face tensors, `bytes` what was written.
 
-    Each tensor counts once, as in the ledger: not the ones that are tied to it, nor the copies that prediction
-    layers have of it, which an export writes. `resumed` of the bytes had been written by an earlier, interrupted conversion. `quantization` is the
-    method by which the source's weights were quantised, which those written are not.
+    Each tensor counts once, as in the ledger: not the ones that are tied to it, nor the copies of it that
+    prediction layers have and an export writes. `resumed` of the bytes had been written by an earlier,
+    interrupted conversion. `quantization` is the method by which the source's weights were quantised, which
+    those written are not.
     """
 
     path: Path
