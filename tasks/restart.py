@@ -4,18 +4,19 @@ torchrun's own restarts would replace ranks inside a process group and across ag
 who is left (measured on two agents: one recovery in five); a whole new job has nothing to agree on.
 """
 
-import itertools
+import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bridge.job import write_json
-from bridge.megatron_checkpoint import LATEST
 from tasks.errors import JobCrashedError
+from training.checkpoint_folders import latest_complete
 
 ATTEMPTS = "attempts.json"
+RUNNING, LOST, DONE, CRASHED, ENDED = "running", "lost", "done", "crashed", "ended"
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,60 @@ class Attempt:
 
     number: int
     started: float  # seconds since 1970
-    seconds: float
     from_iteration: int
-    to_iteration: int
-    outcome: str
-    reason: str
+    # "done", "crashed", "ended" (a verdict, bad input or a stop), "running", or "lost" with its launcher
+    outcome: str = RUNNING
+    seconds: float | None = None
+    to_iteration: int | None = None
+    reason: str = ""
+    # the guilty rank's stack after a hang, else the last lines of the log
+    details: str = ""
+
+    @property
+    def job(self) -> str:
+        """The name of its job, and of the job's folder."""
+        return "job" if self.number == 1 else f"job-{self.number}"
+
+    @property
+    def is_fruitless(self) -> bool:
+        """Say whether it left no new checkpoint."""
+        return self.to_iteration == self.from_iteration
+
+
+class Attempts:
+    """The record of all attempts in a folder's attempts.json, also those of earlier launchers."""
+
+    def __init__(self, folder: Path, checkpoints: Path) -> None:
+        self._file, self._checkpoints = folder / ATTEMPTS, checkpoints
+        found = json.loads(self._file.read_text()) if self._file.is_file() else []
+        attempts = [Attempt(**each) for each in found]
+        self.all = [replace(each, outcome=LOST) if each.outcome == RUNNING else each for each in attempts]
+
+    def begin(self) -> Attempt:
+        """Note that another attempt begins."""
+        self.all.append(Attempt(len(self.all) + 1, time.time(), latest_complete(self._checkpoints)))
+        self._write()
+        return self.all[-1]
+
+    def end(self, outcome: str, error: BaseException | None = None) -> Attempt:
+        """Note how the last attempt ended."""
+        reason, _, details = f"{type(error).__name__}: {error}".partition("\n") if error else ("", "", "")
+        self.all[-1] = replace(
+            self.all[-1],
+            outcome=outcome,
+            seconds=time.time() - self.all[-1].started,
+            to_iteration=latest_complete(self._checkpoints),
+            reason=reason,
+            details=details,
+        )
+        self._write()
+        return self.all[-1]
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [asdict(attempt) for attempt in self.all]
+
+    def _write(self) -> None:
+        write_json(self._file, self.to_json())
 
 
 def run_with_restarts(
@@ -45,32 +95,22 @@ def run_with_restarts(
     checkpoint; a verdict of the job, a stop and bad input are raised at once. The report gets the list of
     "attempts", which `folder` holds in attempts.json at any time.
     """
-    attempts: list[Attempt] = []
+    attempts = Attempts(folder, checkpoints)
     fruitless = 0
-    for number in itertools.count(1):
-        name = "job" if number == 1 else f"job-{number}"
-        before, started = latest_iteration(checkpoints), time.time()
-        outcome, reason = "done", ""
+    while True:
+        attempt = attempts.begin()
         try:
-            report = start(name)
-        except BaseException as error:
-            outcome = "crashed" if isinstance(error, JobCrashedError) else "ended"
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            fruitless = fruitless + 1 if latest_iteration(checkpoints) == before else 0
-            if outcome == "ended" or fruitless > max_restarts:
+            report = start(attempt.job)
+        except JobCrashedError as error:
+            attempt = attempts.end(CRASHED, error)
+            fruitless = fruitless + 1 if attempt.is_fruitless else 0
+            if fruitless > max_restarts:
                 raise
-            log(f"attempt {number} crashed: {error}")
-        finally:
-            after = latest_iteration(checkpoints)
-            attempts.append(Attempt(number, started, time.time() - started, before, after, outcome, reason))
-            write_json(folder / ATTEMPTS, [asdict(attempt) for attempt in attempts])
-        if outcome == "done":
-            return {**report, "attempts": [asdict(attempt) for attempt in attempts]}
-        log(f"starting again from iteration {after}, attempt {number + 1}")
-    raise AssertionError("count() does not end")
-
-
-def latest_iteration(checkpoints: Path) -> int:
-    """Return the iteration of a run's last complete checkpoint; 0 if it has none yet."""
-    file = checkpoints / LATEST
-    return int(file.read_text()) if file.is_file() else 0
+            log(f"attempt {attempt.number} crashed: {error}")
+            log(f"starting again from iteration {attempt.to_iteration}, attempt {attempt.number + 1}")
+        except BaseException as error:
+            attempts.end(ENDED, error)
+            raise
+        else:
+            attempts.end(DONE)
+            return {**report, "attempts": attempts.to_json()}

@@ -19,6 +19,11 @@ def complete_checkpoints(root: Path) -> list[Path]:
     return sorted((path for path in found if re.fullmatch(r"iter_\d{7,}", path.name)), key=iteration_of)
 
 
+def latest_complete(root: Path) -> int:
+    """Return the iteration of the last complete checkpoint; 0 if there is none yet."""
+    return max(map(iteration_of, complete_checkpoints(root)), default=0)
+
+
 def folder_of(root: Path, iteration: int) -> Path:
     return root / f"iter_{iteration:07d}"
 

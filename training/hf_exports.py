@@ -13,6 +13,7 @@ from training.checkpoint_folders import (
     REMOVED,
     complete_checkpoints,
     iteration_of,
+    latest_complete,
     remove_leftovers,
     remove_old,
 )
@@ -48,7 +49,7 @@ class HfExports:
     def find_missed(self) -> None:
         """Note the checkpoints whose export an earlier attempt of the run did not come to or not finish."""
         remove_leftovers(self._root, (REMOVED,))
-        newest = max(map(iteration_of, complete_checkpoints(self._root)), default=0)
+        newest = latest_complete(self._root)
         for folder in complete_checkpoints(Path(str(self._settings.save))):
             if iteration_of(folder) > newest:
                 self.add(folder)

@@ -1,35 +1,36 @@
 """Jobs that crash are started again as a whole; verdicts, stops and bad input are not."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from bridge.errors import ConfigError
-from bridge.megatron_checkpoint import LATEST
 from tasks.errors import JobCrashedError, JobError, JobStoppedError
 from tasks.launch import launch
 from tasks.restart import ATTEMPTS, run_with_restarts
+from training.checkpoint_folders import folder_of
 
 JOB = """
 import os, signal
 from pathlib import Path
 from bridge.errors import GateError
+from training.checkpoint_folders import folder_of, latest_complete
 
 def main(config):
     folder = Path(config["output"])
-    latest = folder / "latest_checkpointed_iteration.txt"
-    done = int(latest.read_text()) if latest.is_file() else 0
+    done = latest_complete(folder)
     rank = int(os.environ["RANK"])
     if config["do"] == "verdict":
         raise GateError("the loss is no number")
     if config["do"] == "saves" and done < 20:
         import torch.distributed as dist
         dist.init_process_group("gloo")
-        dist.barrier()  # both have read the file
+        dist.barrier()  # both have looked
         if rank == 0:
-            latest.write_text(str(done + 10))
+            folder_of(folder, done + 10).mkdir()
         dist.barrier()
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -76,6 +77,37 @@ def test_crashes_without_progress_end(run: Callable[..., dict], tmp_path: Path) 
     with pytest.raises(JobCrashedError):
         run("never saves", max_restarts=1)
     assert attempts(tmp_path) == [(0, 0, "crashed")] * 2
+    # the reason fits a line; what a person needs to see besides is there too
+    first = json.loads((tmp_path / ATTEMPTS).read_text())[0]
+    assert "JobCrashedError: frail_job ended by exit code 1" in first["reason"]
+    assert "exitcode  : -9" in first["details"]
+
+
+def test_attempts_of_earlier_launchers_stay_on_record(tmp_path: Path) -> None:
+    folder_of(tmp_path, 30).mkdir()
+    names = []
+
+    def start(name: str) -> dict:
+        names.append(name)
+        if len(names) == 1:
+            raise JobStoppedError("told to")
+        if len(names) == 2:
+            # what a launcher leaves that is killed now
+            assert attempts(tmp_path)[1] == (30, None, "running")
+            shutil.copy(tmp_path / ATTEMPTS, tmp_path / "left")
+        return {}
+
+    def run() -> dict:
+        return run_with_restarts(start, checkpoints=tmp_path, folder=tmp_path, max_restarts=5, log=print)
+
+    with pytest.raises(JobStoppedError):
+        run()
+    run()
+    (tmp_path / "left").replace(tmp_path / ATTEMPTS)
+    report = run()
+    assert attempts(tmp_path) == [(30, 30, "ended"), (30, None, "lost"), (30, 30, "done")]
+    assert [each["number"] for each in report["attempts"]] == [1, 2, 3]
+    assert names == ["job", "job-2", "job-3"]
 
 
 def test_a_verdict_is_final(run: Callable[..., dict], tmp_path: Path) -> None:
@@ -88,7 +120,7 @@ def test_a_verdict_is_final(run: Callable[..., dict], tmp_path: Path) -> None:
     "error", [JobStoppedError("told to"), ConfigError("no such setting"), JobError("slow")]
 )
 def test_stops_and_bad_input_are_passed_on(error: Exception, tmp_path: Path) -> None:
-    (tmp_path / LATEST).write_text("30\n")
+    folder_of(tmp_path, 30).mkdir()
 
     def start(name: str) -> dict:
         raise error
