@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bridge import distributed, live_checkpoint
+from bridge import check_layout, distributed, live_checkpoint
 from bridge.compare_configs import describe
 from bridge.differences import Differences, by_layer, summarize, write_table
 from bridge.gates import HIDDEN_THRESHOLDS, case_of, check_dtype, judge_hidden_states, judge_logits
@@ -28,7 +28,6 @@ from bridge.provider import GPTModelProvider
 from bridge.trace import TraceFolder, trace_hf, trace_megatron
 
 Keep = Callable[[int, str, torch.Tensor], None]
-LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
 
 
 def main(config: dict[str, Any]) -> dict[str, Any]:
@@ -95,23 +94,14 @@ def judged(
 
 def layout_of(config: dict[str, Any]) -> GPTModelProvider:
     """Return a provider that says only how the Megatron ends are laid out and computed."""
-    sizes = {name: config.get(name, 1) for name in LAYOUT}
-    tensor, expert = sizes["tensor_model_parallel_size"], sizes["expert_model_parallel_size"]
-    return GPTModelProvider(
-        **sizes,
-        # Experts are shared out over the ranks that share the other layers, each expert whole; the dispatcher
-        # would send a token as many times as there are ranks that hold it.
-        expert_tensor_parallel_size=1 if expert > 1 else None,
-        sequence_parallel=tensor > 1 and expert > 1,
-        params_dtype=config["dtype"],
-    )
+    sizes = {name: config.get(name, 1) for name in check_layout.SIZES}
+    return check_layout.laid_out(GPTModelProvider(params_dtype=config["dtype"]), sizes)
 
 
 def laid_out(provider: GPTModelProvider, layout: GPTModelProvider) -> GPTModelProvider:
     """Give a checkpoint's model this job's layout and dtype."""
-    for name in (*LAYOUT, "expert_tensor_parallel_size", "sequence_parallel", "params_dtype"):
-        setattr(provider, name, getattr(layout, name))
-    return provider
+    provider.params_dtype = layout.params_dtype
+    return check_layout.laid_out(provider, {name: getattr(layout, name) for name in check_layout.SIZES})
 
 
 def incomparable(a: GPTModelProvider, b: GPTModelProvider) -> str | None:

@@ -7,11 +7,11 @@ from bridge.provider import GPTModelProvider
 def check_experts(provider: GPTModelProvider) -> None:
     """Refuse experts that Megatron Core cannot build, or would train wrongly without an error."""
     if provider.num_moe_experts is None:
-        if provider.expert_model_parallel_size > 1:
-            raise ConfigError(
-                f"model.expert_model_parallel_size is {provider.expert_model_parallel_size} in a model"
-                " without experts: choose 1"
-            )
+        for name in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            if (getattr(provider, name) or 1) > 1:
+                raise ConfigError(
+                    f"model.{name} is {getattr(provider, name)} in a model without experts: choose 1"
+                )
         return
     check_routing(provider)
     check_expert_parallel_sizes(provider)

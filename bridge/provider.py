@@ -237,7 +237,9 @@ class GPTModelProvider:
         check_pipeline_split(self)
         check_experts(self)
         if self.sequence_parallel and tensor == 1:
-            raise ConfigError("model.sequence_parallel needs tensor_model_parallel_size > 1")
+            raise ConfigError(
+                "model.sequence_parallel needs tensor_model_parallel_size > 1: choose that or set it to false"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the description as plain JSON values."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from bridge import check_layout
 from bridge.errors import InputError
 from bridge.gates import check_dtype, place_of
 from bridge.hf_checkpoint import HfCheckpoint
@@ -79,13 +80,11 @@ def judge(
 
 def compare_logits(job: dict[str, Any], folder: Path) -> list[Verdict]:
     """Compare logits and hidden states in a job of as many ranks as its layout takes."""
-    tensor, pipeline, expert = (
-        job[f"{kind}_model_parallel_size"] for kind in ("tensor", "pipeline", "expert")
-    )
-    ranks = pipeline * max(tensor, expert)
 
     def run(job: dict[str, Any]) -> dict[str, Any]:
-        return launch("bridge.compare_logits", job, folder=folder / "job", num_processes=ranks)
+        return launch(
+            "bridge.compare_logits", job, folder=folder / "job", num_processes=check_layout.num_ranks(job)
+        )
 
     return measure_logits(job, folder, run)[0]
 

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from bridge import check_layout
 from tasks.errors import SpecError
 
 
@@ -60,7 +61,7 @@ class DatasetSpec(Section):
 
 
 class ParallelSpec(Section):
-    """How a job is spread over processes; its ranks are the product of the four sizes."""
+    """How a job is spread over processes: as many as tensor x pipeline x context x data parallel sizes."""
 
     tensor_model_parallel_size: int = Field(default=1, ge=1, le=64)
     """Ranks that share each layer."""
@@ -68,11 +69,15 @@ class ParallelSpec(Section):
     """Stages that share the layers."""
     context_parallel_size: int = Field(default=1, ge=1, le=64)
     """Ranks that share each sequence."""
+    expert_model_parallel_size: int = Field(default=1, ge=1, le=1024)
+    """Ranks that share the experts; they are no more ranks, but those of the other sizes."""
+    expert_tensor_parallel_size: int | None = Field(default=None, ge=1, le=64)
+    """Ranks that share each expert; none takes the tensor parallel size."""
     data_parallel_size: int = Field(default=1, ge=1, le=4096)
-    """Copies of the model."""
+    """Copies of the model, those of its experts aside."""
 
     @property
-    def model_sizes(self) -> dict[str, int]:
+    def model_sizes(self) -> dict[str, int | None]:
         """The sizes that the model description has, under Megatron's names."""
         return self.model_dump(exclude={"data_parallel_size"})
 
@@ -130,6 +135,8 @@ class CheckSpec(Section):
     """Ranks that share each layer on Megatron's side of a check."""
     pipeline_model_parallel_size: int = Field(default=1, ge=1, le=64)
     """Stages that share the layers on Megatron's side of a check."""
+    expert_model_parallel_size: int = Field(default=1, ge=1, le=1024)
+    """Ranks that share the experts on Megatron's side of a check, each expert whole."""
     loss_batches: int = Field(default=8, ge=1)
     """Sequences of held-out text whose loss is measured before and after."""
     max_loss_increase: float = Field(default=0.0, ge=0)
@@ -140,11 +147,11 @@ class CheckSpec(Section):
     @property
     def model_sizes(self) -> dict[str, int]:
         """The parallel sizes, under Megatron's names."""
-        return self.model_dump(include={"tensor_model_parallel_size", "pipeline_model_parallel_size"})
+        return self.model_dump(include=set(check_layout.SIZES))
 
     @property
     def num_processes(self) -> int:
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return check_layout.num_ranks(self.model_sizes)
 
 
 class PublishSpec(Section):

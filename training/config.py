@@ -244,16 +244,21 @@ class ConfigContainer:
 
     def data_parallel_size(self, world_size: int) -> int:
         """Copies of the model in a job of `world_size` ranks."""
-        ranks = self.model.model_parallel_size
+        model, ranks = self.model, self.model.model_parallel_size
         if world_size % ranks:
             raise ConfigError(
-                f"{world_size} ranks cannot hold whole copies of a model spread over {ranks}"
-                f" (tensor x pipeline x context): give a multiple of {ranks}"
+                f"{world_size} ranks cannot hold whole copies of a model spread over {ranks}:"
+                f" tensor_model_parallel_size {model.tensor_model_parallel_size}"
+                f" x pipeline_model_parallel_size {model.pipeline_model_parallel_size}"
+                f" x context_parallel_size {model.context_parallel_size}; give a multiple of {ranks}"
             )
-        if world_size % self.model.expert_ranks:
+        if world_size % model.expert_ranks:
             raise ConfigError(
-                f"{world_size} ranks cannot hold experts spread over {self.model.expert_ranks}"
-                f" (expert x expert tensor x pipeline): give a multiple of {self.model.expert_ranks}"
+                f"{world_size} ranks cannot hold experts spread over {model.expert_ranks}:"
+                f" expert_model_parallel_size {model.expert_model_parallel_size}"
+                f" x expert_tensor_parallel_size {model.expert_tensor_size}"
+                f" x pipeline_model_parallel_size {model.pipeline_model_parallel_size};"
+                f" give a multiple of {model.expert_ranks}, by data_parallel_size or another size"
             )
         return world_size // ranks
 
@@ -263,7 +268,7 @@ class ConfigContainer:
         if self.train.global_batch_size % step:
             raise ConfigError(
                 f"train.global_batch_size {self.train.global_batch_size} is not divisible by micro_batch_size"
-                f" x data-parallel size = {step}: give a multiple of {step}"
+                f" x data_parallel_size = {step}: give a multiple of {step}"
             )
         return self.train.global_batch_size // step
 

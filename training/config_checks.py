@@ -1,5 +1,6 @@
 """Contradictions in a config, found before any process starts; every one is a ConfigError."""
 
+import math
 from typing import TYPE_CHECKING
 
 from bridge.errors import ConfigError
@@ -23,6 +24,7 @@ def check(config: "ConfigContainer", num_microbatches: int) -> None:
     check_counts(config)
     check_schedule(config)
     check_data(config)
+    check_sequence(config)
     check_interleaving(config, num_microbatches)
     check_experts(config)
     check_optimizer(config)
@@ -69,6 +71,20 @@ def check_schedule(config: "ConfigContainer") -> None:
 
 def check_data(config: "ConfigContainer") -> None:
     blend.check_settings(config.dataset)
+
+
+def check_sequence(config: "ConfigContainer") -> None:
+    """Megatron gives every context-parallel rank two parts of a sequence: equal work under a causal mask."""
+    model = config.model
+    context = model.context_parallel_size
+    parts = 2 * context if context > 1 else 1
+    if model.sequence_parallel:
+        parts = math.lcm(parts, context * model.tensor_model_parallel_size)
+    if model.seq_length % parts:
+        raise ConfigError(
+            f"model.seq_length {model.seq_length} cannot be shared out with context_parallel_size {context}"
+            f" and tensor_model_parallel_size {model.tensor_model_parallel_size}: give a multiple of {parts}"
+        )
 
 
 def check_interleaving(config: "ConfigContainer", num_microbatches: int) -> None:

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from torch.utils.data import Subset
 
-from bridge import distributed, live_checkpoint
+from bridge import check_layout, distributed, live_checkpoint
+from bridge.compare_configs import describe
 from bridge.errors import ConfigError
-from bridge.megatron_checkpoint import read_model, resolve_checkpoint
+from bridge.megatron_checkpoint import resolve_checkpoint
 from bridge.provider import GPTModelProvider
 from training.config import DatasetConfig
 from training.data import SAMPLE_INDICES, batches, build_datasets
@@ -26,27 +29,17 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
 def evaluate(config: dict[str, Any]) -> dict[str, Any]:
     """Measure the mean loss of "checkpoint" over "num_batches" samples of "dataset", by default over all."""
     folder = resolve_checkpoint(Path(config["checkpoint"]))
-    provider = laid_out(read_model(folder), config)
+    sizes = {name: config.get(name, 1) for name in check_layout.SIZES}
+    provider = check_layout.laid_out(describe(folder), sizes)
+    provider.seq_length = config["seq_length"]
     distributed.initialize(provider)
-    if torch.distributed.get_world_size() != provider.model_parallel_size:
+    if torch.distributed.get_world_size() != check_layout.num_ranks(sizes):
         raise ConfigError(
-            f"{torch.distributed.get_world_size()} ranks hold more than one copy of the model:"
-            f" start {provider.model_parallel_size}"
+            f"{torch.distributed.get_world_size()} ranks are not those of the layout:"
+            f" start {check_layout.num_ranks(sizes)}"
         )
     loss, num_tokens = measure(provider, folder, config)
     return {"loss": loss, "num_tokens": num_tokens, "perplexity": math.exp(loss)}
-
-
-def laid_out(provider: GPTModelProvider, config: dict[str, Any]) -> GPTModelProvider:
-    """Give the checkpoint's model this job's layout; its weights keep their precision."""
-    provider.tensor_model_parallel_size = config.get("tensor_model_parallel_size", 1)
-    provider.pipeline_model_parallel_size = config.get("pipeline_model_parallel_size", 1)
-    provider.virtual_pipeline_model_parallel_size = None
-    provider.context_parallel_size = provider.expert_model_parallel_size = 1
-    provider.expert_tensor_parallel_size = None
-    provider.sequence_parallel = False
-    provider.seq_length = config["seq_length"]
-    return provider
 
 
 @torch.no_grad()
@@ -64,14 +57,18 @@ def measure(provider: GPTModelProvider, folder: Path, config: dict[str, Any]) ->
     live_checkpoint.load_checkpoint(chunks, folder)
     for chunk in chunks:
         chunk.eval()
+    num_samples = min(config.get("num_batches") or len(dataset), len(dataset))
+    copies = parallel_state.get_data_parallel_world_size()
+    # of layers without experts there may be copies, which take turns: each then gets every sample
+    samples = Subset(dataset, [number for number in range(num_samples) for _ in range(copies)])
     results = run_batch(
         forward_step,
         chunks,
-        [batches(dataset, consumed_samples=0, micro_batch_size=1)],
-        num_microbatches=min(config.get("num_batches") or len(dataset), len(dataset)),
+        [batches(samples, consumed_samples=0, micro_batch_size=1)],
+        num_microbatches=num_samples,
         micro_batch_size=1,
         seq_length=provider.seq_length,
         forward_only=True,
     )
     total, num_tokens = sums_of_all_ranks(results).tolist()
-    return total / num_tokens, int(num_tokens)
+    return total / num_tokens, int(num_tokens) // copies

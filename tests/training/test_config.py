@@ -41,13 +41,34 @@ def test_unknown_names_are_refused(value, message):
         ({"train.train_iters": 0}, 1, "train.train_iters is 0"),
         ({"train.eval_interval": 0}, 1, "train.eval_interval is 0"),
         ({"train.micro_batch_size": 3}, 1, "give a multiple of 3"),
-        ({"train.micro_batch_size": 2}, 8, "x data-parallel size = 16"),
-        ({"model.tensor_model_parallel_size": 2}, 3, "3 ranks cannot hold whole copies"),
+        ({"train.micro_batch_size": 2}, 8, "x data_parallel_size = 16"),
+        (
+            {"model.tensor_model_parallel_size": 2},
+            3,
+            "3 ranks cannot hold whole copies.*: tensor_model_parallel_size 2 x",
+        ),
         ({"model.tensor_model_parallel_size": 3}, 3, "num_attention_heads 32 is not divisible"),
         (
             {"model.num_moe_experts": 8, "model.expert_model_parallel_size": 2},
             1,
-            "1 ranks cannot hold experts",
+            "expert_model_parallel_size 2 x expert_tensor_parallel_size 1",
+        ),
+        ({"model.expert_tensor_parallel_size": 2}, 1, "expert_tensor_parallel_size is 2 in a model without"),
+        ({"model.sequence_parallel": True}, 1, "choose that or set it to false"),
+        (
+            {"model.context_parallel_size": 2, "model.seq_length": 30},
+            2,
+            "model.seq_length 30 cannot be shared out with context_parallel_size 2",
+        ),
+        (
+            {
+                "model.tensor_model_parallel_size": 8,
+                "model.context_parallel_size": 2,
+                "model.sequence_parallel": True,
+                "model.seq_length": 24,
+            },
+            16,
+            "give a multiple of 16",
         ),
         (
             {"model.num_moe_experts": 8, "model.tensor_model_parallel_size": 2},

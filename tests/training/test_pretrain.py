@@ -74,6 +74,9 @@ EXACT = {
 }
 
 
+EVALUATION = {"seq_length": 32, "num_batches": 15}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("runs")
@@ -104,11 +107,13 @@ def run(tiny_config, folder):
 
 
 @pytest.fixture(scope="module")
-def alone(run, experts, folder):
-    """The runs of one rank, which spreads nothing."""
+def alone(run, experts, dataset, folder):
+    """The report of the runs of one rank, which spreads nothing."""
     jobs = {"alone": run("alone", {}), "experts alone": run("experts alone", {}, model=experts)}
-    report = run_ranks(1, "training_jobs.runs", {"runs": jobs, "evaluate": {}}, folder / "alone-job")
+    evaluations = {"experts": {**EVALUATION, "dataset": str(dataset), "checkpoint": str(experts)}}
+    report = run_ranks(1, "training_jobs.runs", {"runs": jobs, "evaluate": evaluations}, folder / "alone-job")
     assert "error" not in report, report
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +136,10 @@ def runs(run, source, imported, experts, dataset, folder):
             ],
         },
     )
-    evaluation = {"dataset": str(dataset), "seq_length": 32, "num_batches": 16}
+    evaluation = {**EVALUATION, "dataset": str(dataset)}
     evaluations = {
+        "experts": {**evaluation, "checkpoint": str(experts), "expert_model_parallel_size": 2},
+        "uneven": {**evaluation, "checkpoint": str(folder / "pp2 uneven"), "tensor_model_parallel_size": 2},
         "before": {**evaluation, "checkpoint": str(imported), "tensor_model_parallel_size": 2},
         "after": {**evaluation, "checkpoint": str(folder / "tp2"), "pipeline_model_parallel_size": 2},
     }
@@ -155,8 +162,16 @@ def test_loss_goes_down(runs, folder):
     assert losses[6] < losses[1] - 0.3
     before, after = runs["evaluate"]["before"], runs["evaluate"]["after"]
     assert after["loss"] < before["loss"] - 0.3
-    assert before["num_tokens"] == after["num_tokens"] == 16 * 32
+    assert before["num_tokens"] == after["num_tokens"] == 15 * 32
     assert runs["runs"]["tp2"]["loss"] == losses[6]
+    assert runs["evaluate"]["uneven"]["loss"] == pytest.approx(after["loss"], rel=AGREEMENT)
+
+
+def test_held_out_loss_with_experts_on_two_ranks_is_that_of_one(runs, alone):
+    """The other layers are there twice, and an odd number of samples is read by both."""
+    spread, whole = runs["evaluate"]["experts"], alone["evaluate"]["experts"]
+    assert spread["num_tokens"] == whole["num_tokens"] == 15 * 32
+    assert spread["loss"] == pytest.approx(whole["loss"], rel=AGREEMENT)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
