@@ -3,6 +3,7 @@
     BridgeworksError            exit code 1
         GateError               a check of numbers or digests failed
         DivergenceError         a training run met a loss or gradient that is no number, or jumps
+        StoppedError            the user stopped the work; what is finished can be gone on with
         InputError              exit code 2: what the user gave cannot be used
             CheckpointError     a file is missing, truncated, malformed or outside its folder
             UnsupportedModelError   unknown model_type, refused value, unknown config key
@@ -26,6 +27,10 @@ class GateError(BridgeworksError):
 
 class DivergenceError(BridgeworksError):
     """A training run met a loss or gradient with which it cannot go on; another start would meet it too."""
+
+
+class StoppedError(BridgeworksError):
+    """The user stopped the work; another start goes on from what is finished."""
 
 
 class InputError(BridgeworksError):

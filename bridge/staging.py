@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import InputError
+from bridge.errors import InputError, StoppedError
 
 SUFFIX = ".partial"
 JOURNAL = ".journal"
@@ -33,7 +33,7 @@ class Journal:
         """Keep the finished files of an earlier writing with the same `origin`; remove everything else."""
         self.folder = folder
         self._lock = threading.Lock()
-        head = json.dumps({"origin": origin, "boot": _boot_id()}, sort_keys=True)
+        head = json.dumps({"origin": origin, "boot": boot_id()}, sort_keys=True)
         self.finished = _finished_files(folder, head)
         _empty(folder, keep=self.finished)
         lines = [head, *(json.dumps([name, size]) for name, size in self.finished.items())]
@@ -45,7 +45,8 @@ class Journal:
             journal.write(json.dumps([name, (self.folder / name).stat().st_size]) + "\n")
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
+    """Return what tells one start of the machine from the next."""
     # Without one (not on Linux) no journal is trusted that another process wrote.
     return BOOT_ID.read_text().strip() if BOOT_ID.is_file() else f"process {os.getpid()}"
 
@@ -82,9 +83,9 @@ def staged_folder(destination: Path, nbytes: int) -> Iterator[Path]:
 def resumable_folder(destination: Path, nbytes: int, origin: dict[str, Any]) -> Iterator[Journal]:
     """Yield the journal of a folder that becomes `destination`, as `staged_folder` does.
 
-    `origin` is all that the content depends on, as JSON values. A writing that is killed or stopped by the
-    user can be gone on with: finished files are still there in the next one of the same origin. After any
-    other error nothing is left.
+    `origin` is all that the content depends on, as JSON values. A writing that is killed, interrupted or
+    stopped (StoppedError) can be gone on with: finished files are still there in the next one of the same
+    origin. After any other error nothing is left.
     """
     with _partial_folder(destination) as partial:
         try:
@@ -92,6 +93,8 @@ def resumable_folder(destination: Path, nbytes: int, origin: dict[str, Any]) -> 
             _check_space(partial, nbytes - sum(journal.finished.values()))
             yield journal
             (partial / JOURNAL).unlink()
+        except StoppedError:
+            raise
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise

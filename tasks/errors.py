@@ -2,7 +2,7 @@
 
 BridgeworksError            exit code 1
     JobError                a job process failed, was too slow or was stopped
-        JobStoppedError     it was stopped because the flow was cancelled
+        JobStoppedError     it was stopped because the flow was cancelled; also a StoppedError
         JobCrashedError     it lost a process or ended by an error that is no verdict of ours
     ArtifactError           a sealed directory is not what its artifact.json says
     StoreError              a path or an address could not be read or written
@@ -10,15 +10,15 @@ BridgeworksError            exit code 1
         SpecError           a release spec is wrong
 """
 
-from bridge.errors import BridgeworksError, InputError
+from bridge.errors import BridgeworksError, InputError, StoppedError
 
 
 class JobError(BridgeworksError):
     """A job process failed, was too slow or was stopped."""
 
 
-class JobStoppedError(JobError):
-    """A job was stopped because its flow was cancelled."""
+class JobStoppedError(JobError, StoppedError):
+    """A job, or a step without one, was stopped because its flow was cancelled."""
 
 
 class JobCrashedError(JobError):

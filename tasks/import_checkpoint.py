@@ -6,6 +6,7 @@ from typing import Any
 
 from bridge.importer import import_checkpoint
 from tasks.artifact import Kind
+from tasks.convert import convert
 from tasks.spec import ReleaseSpec
 from tasks.step import Artifacts, Step, StepContext
 
@@ -13,9 +14,8 @@ from tasks.step import Artifacts, Step, StepContext
 def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepContext) -> dict[str, Any]:
     """Import the source; every tensor and every config key is accounted for, or it is an InputError."""
     progress = partial(context.progress, description="bytes imported")
-    result = import_checkpoint(artifacts["fetch"].payload, folder / "checkpoint", progress=progress)
-    context.log(f"imported {result.tensors} tensors, {result.bytes:,} bytes in {result.seconds:.1f} s")
-    return {"tensors": result.tensors, "bytes": result.bytes}
+    source = artifacts["fetch"].payload
+    return convert(lambda payload: import_checkpoint(source, payload, progress=progress), folder, context)
 
 
 STEP = Step(
@@ -24,5 +24,6 @@ STEP = Step(
     needs=("fetch",),
     config=lambda spec, artifacts: {},
     build=build,
-    sources=("bridge", __name__),
+    sources=("bridge", "tasks.convert", __name__),
+    resumable=True,
 )

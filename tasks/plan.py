@@ -75,7 +75,8 @@ def decide(step: Step, spec: ReleaseSpec, artifacts: Artifacts, store: Store) ->
 
 def _why_new(step: Step, spec: ReleaseSpec, record: dict[str, Any], store: Store) -> str:
     """Compare with what this release built last, so that people see what they changed."""
-    resumes = step.resumable and store.place(step.name, record).with_suffix(".partial").is_dir()
+    left = store.place(step.name, record).with_suffix(".partial")
+    resumes = step.resumable and left.is_dir() and any(left.iterdir())
     going_on = "; goes on from where a run was stopped" if resumes else ""
     last = store.newest(step.name, spec.name)
     if last is None:

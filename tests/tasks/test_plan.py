@@ -106,11 +106,12 @@ def test_stopped_run_is_gone_on_with(spec) -> None:
     store = store_of(spec)
     artifacts = {"fetch": store.newest("fetch", "tiny")}
     record = TRAIN.fingerprint_record(spec, artifacts)
-    with pytest.raises(ZeroDivisionError):
-        store.build("train", TRAIN.kind, record, lambda folder: 1 / 0, name="tiny", resumable=True)
-    assert (
-        decide(TRAIN, spec, artifacts, store).reason == "not built yet; goes on from where a run was stopped"
-    )
+    left = "not built yet"
+    for fill in (lambda folder: 1 / 0, lambda folder: (folder / "half").touch() or 1 / 0):
+        assert decide(TRAIN, spec, artifacts, store).reason == left
+        with pytest.raises(ZeroDivisionError):
+            store.build("train", TRAIN.kind, record, fill, name="tiny", resumable=True)
+    assert decide(TRAIN, spec, artifacts, store).reason == f"{left}; goes on from where a run was stopped"
 
 
 def test_code_and_inputs_are_named() -> None:
