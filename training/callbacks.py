@@ -11,6 +11,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from bridge.distributed import device
+from training import fp8_state
 from training.faults import SKIP, Fault
 from training.heartbeat import EVALUATION, BeatingData
 from training.metrics import append_metrics, close_torn_line
@@ -158,6 +159,7 @@ def metrics_of(run: Run, step: Step) -> dict[str, Any]:
             if step.grad_norm is not None and math.isfinite(step.grad_norm)
             else {}
         ),
+        **({"loss_scale": run.optimizer.get_loss_scale().item()} if run.config.mixed_precision.fp16 else {}),
         **({step.fault.kind: 1, "skipped": int(step.is_skipped)} if step.fault is not None else {}),
         "seconds": step.seconds,
         "consumed_samples": run.consumed_samples,
@@ -175,7 +177,7 @@ def validation_loss(run: Run, dataset: Any) -> float:
     train = run.config.train
     for chunk in run.model:
         chunk.eval()
-    with whole_parameters(run):
+    with whole_parameters(run), fp8_state.unchanged(run.model):
         results = run_batch(
             run.forward_step,
             run.model,

@@ -5,6 +5,7 @@ plain tensors. The other FP8 recipes compute their factors anew from every tenso
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ def load_fp8_state(chunks: list[Any], state: dict[str, Scaling]) -> None:
             for direction, tensors in state[name].items():
                 for kind, tensor in tensors.items():
                     getattr(module.fp8_meta[direction], kind).copy_(tensor)
+
+
+@contextmanager
+def unchanged(chunks: list[Any]) -> Iterator[None]:
+    """Take back what passes without gradients do to the scaling.
+
+    Transformer Engine notes their extremes, which would count as those of the next training pass.
+    """
+    before = {name: module.get_fp8_meta_tensors() for name, module in fp8_modules(chunks) if started(module)}
+    yield
+    for name, module in fp8_modules(chunks):
+        if started(module):
+            module.reset_fp8_meta_tensors(before.get(name))  # without any, to those of a new module
 
 
 def fp8_modules(chunks: list[Any]) -> Iterator[tuple[str, Any]]:
