@@ -40,7 +40,12 @@ FAMILY_GPU_SIZES: dict[str, dict[str, Any]] = {
 
 
 def run_job(
-    module: str, config: dict[str, Any], folder: Path, ranks: int = 1, gpu: bool = True
+    module: str,
+    config: dict[str, Any],
+    folder: Path,
+    ranks: int = 1,
+    gpu: bool = True,
+    python: tuple[str, ...] = (sys.executable,),
 ) -> dict[str, Any]:
     """Run a job under torchrun, on GPUs or with the GPUs hidden, and return its report."""
     folder.mkdir(parents=True)
@@ -51,7 +56,7 @@ def run_job(
     if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     subprocess.run(
-        [sys.executable, *launcher, "-m", "bridge.job", module, str(folder / "job.json")],
+        [*python, *launcher, "-m", "bridge.job", module, str(folder / "job.json")],
         check=True,
         env=environment,
     )
