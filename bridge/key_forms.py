@@ -59,12 +59,10 @@ def _forms(block: Block, shape: Shape, num_layers: int) -> Iterator[_Form]:
     form = _Form(block.key, block.lead, shape)
     yield form
     rest = block.key.removeprefix(LAYERS)
-    if rest == block.key:
-        return
     number, _, name = rest.partition(".")
-    if number.isdigit():
+    if rest != block.key and number.isdigit():
         yield _Form(LAYERS + name, (int(number), *form.lead), (num_layers, *shape))
-    else:
+    elif rest != block.key:
         form = _Form(f"{LAYERS}{form.lead[0]}.{rest}", form.lead[1:], shape[1:])
         yield form
     if EXPERTS in form.key and form.lead:

@@ -11,7 +11,7 @@ from megatron.core.utils import unwrap_model
 
 from bridge import restricted_load
 from bridge.byte_copy import OpenFiles
-from bridge.errors import CheckpointError, InputError
+from bridge.errors import InputError
 from bridge.families import provider_of
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.live_weights import fill, load_hf_weights
@@ -56,11 +56,6 @@ def load_checkpoint(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
 @contextmanager
 def open_weights(folder: Path) -> Iterator[MegatronSource]:
     """Open the model's tensors of a Megatron checkpoint; no code that may lie in its files is run."""
-    content = restricted_load.load_common(folder).get("content_metadata") or {}
-    if content.get("singleton_local_shards"):
-        raise CheckpointError(
-            f"{folder} has a tensor for each layer and expert: save it with singleton_local_shards off"
-        )
     with OpenFiles() as files:
         yield MegatronSource(folder, read_metadata(folder, skip=is_training_state), files)
 

@@ -6,6 +6,7 @@ A source fills one shard at a time, in place, from the pages that hold its part 
 import itertools
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from bridge.coverage import check_hf_coverage
 from bridge.errors import CheckpointError
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.hf_rows import read_rows
+from bridge.key_forms import as_stored
 from bridge.mapped_files import MappedFiles, StoredItems, copy_elements
 from bridge.mapping import Block, WeightPlan
 from bridge.quantization import QuantizedTensor
@@ -96,7 +98,7 @@ class HfSource:
 
 
 class MegatronSource:
-    """The model's tensors of a `torch_dist` checkpoint, whatever chunks they are stored in."""
+    """The model's tensors of a `torch_dist` checkpoint, whatever chunks and names they are stored in."""
 
     def __init__(self, folder: Path, metadata: TorchDistMetadata, files: OpenFiles) -> None:
         self._folder = folder
@@ -104,15 +106,25 @@ class MegatronSource:
         self._items = StoredItems(files, MappedFiles())
         self._chunks: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
         self._paths: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._blocks: dict[str, list[Block]] = {}
 
     def check(self, boxes: set[Box]) -> None:
-        model = {box.key for box in boxes}
-        if missing := sorted(model - self._tensors.keys()):
+        plan = as_stored(plan_of_model(boxes), self._tensors)
+        self._shapes, self._blocks = plan.megatron_shapes, defaultdict(list)
+        for block in plan.blocks:
+            self._blocks[block.hf].append(block)
+        if missing := sorted(self._shapes.keys() - self._tensors.keys()):
             raise CheckpointError(f"{self._folder} has no {missing[0]!r}, which the model needs")
-        if extra := sorted(self._tensors.keys() - model):
+        if extra := sorted(self._tensors.keys() - self._shapes.keys()):
             raise CheckpointError(f"{self._folder} has {extra[0]!r}, which the model has no place for")
 
     def fill(self, shard: Shard) -> None:
+        for block in self._blocks[name_of(shard.box)]:
+            if part := as_block_has(shard, block, self._shapes[block.key]):
+                self._fill(part)
+
+    def _fill(self, shard: Shard) -> None:
         box, stored = shard.box, self._tensors[shard.box.key]
         check_shape(shard, stored.shape, self._folder)
         if shard.may_be_padded:
@@ -144,6 +156,39 @@ class MegatronSource:
         if key not in self._chunks:
             self._chunks[key] = chunks_by_lead(self._tensors[key].chunks, len(lead))
         return self._chunks[key].get(lead, [])
+
+
+def name_of(box: Box) -> str:
+    """Name the global tensor that a box is of; `plan_of_model` has it in the place of a Hugging Face name."""
+    return f"{box.key} {list(box.lead)}"
+
+
+def plan_of_model(boxes: Iterable[Box]) -> WeightPlan:
+    """Return the plan by which each global tensor of a model, known from all ranks' boxes, is its own."""
+    plan = WeightPlan()
+    tensors: dict[str, Box] = {}
+    for box in boxes:
+        ends = (*(number + 1 for number in box.lead), *map(sum, zip(box.offsets, box.sizes, strict=True)))
+        known = plan.megatron_shapes.get(box.key, ends)
+        plan.megatron_shapes[box.key] = tuple(map(max, known, ends))
+        tensors[name_of(box)] = box
+    for name, box in tensors.items():
+        rows = plan.megatron_shapes[box.key][len(box.lead)]
+        plan.blocks.append(Block(name, 0, rows, box.key, box.lead, 0))
+    return plan
+
+
+def as_block_has(shard: Shard, block: Block, shape: tuple[int, ...]) -> Shard | None:
+    """Return a shard's rows in `block` as a shard of the tensor that the block lies in, of that `shape`."""
+    box = shard.box
+    first = max(block.hf_row, box.offsets[0])
+    rows = min(block.hf_row + block.rows, box.offsets[0] + box.sizes[0]) - first
+    if rows <= 0:
+        return None
+    offsets = (block.megatron_row + first - block.hf_row, *box.offsets[1:])
+    part = Box(block.key, block.lead, offsets, (rows, *box.sizes[1:]), box.dtype)
+    data = shard.data.narrow(0, first - box.offsets[0], rows)
+    return Shard(part, data, shape, shard.may_be_padded)
 
 
 def check_shape(shard: Shard, stored: tuple[int, ...], where: Path) -> None:

@@ -1,19 +1,33 @@
 """One model under each of the names that Megatron may give its tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import copy_checkpoint
+from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
 
+from bridge import distributed, restricted_load
+from bridge.auto_bridge import AutoBridge
+from bridge.errors import CheckpointError
 from bridge.exporter import export_checkpoint
 from bridge.key_forms import as_stored
 from bridge.ledger import compare_ledgers, ledger
+from bridge.live_checkpoint import load_checkpoint
 from bridge.mapping import Block, WeightPlan
 from bridge.torch_dist.metadata import Chunk, StoredTensor, TorchDistMetadata, read_metadata, write_metadata
 
 Checkpoints = Callable[..., Path]
+Chunks = list[torch.nn.Module]
 LAYERS = "decoder.layers."
+
+
+@pytest.fixture(autouse=True)
+def process_group() -> Iterator[None]:
+    yield
+    distributed.finalize()
 
 
 def by_layer(metadata: TorchDistMetadata) -> None:
@@ -88,3 +102,45 @@ def test_numbers_in_the_plan_may_be_an_axis_of_the_checkpoint() -> None:
     stored = as_stored(plan, {"decoder.layers.mlp.linear_fc2.weight"})
     assert stored.megatron_shapes == {"decoder.layers.mlp.linear_fc2.weight": (2, 4, 3)}
     assert [block.lead for block in stored.blocks] == [(0,), (1,)]
+
+
+def saved(chunks: Chunks, folder: Path, **metadata: bool) -> Path:
+    """Save a model as Megatron does with these settings of its sharded state dict."""
+    (model,) = unwrap_model(chunks)
+    state = restricted_load.without_extra_state(model.sharded_state_dict(metadata={**metadata}))
+    folder.mkdir()
+    dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+    return folder
+
+
+@pytest.mark.parametrize("form", ["non_homogeneous_layers", "singleton_local_shards"])
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama", {}), ("deepseek_v3", {"num_nextn_predict_layers": 1})],
+)
+def test_a_live_model_is_loaded_and_exported_from_every_form(
+    family: str, settings: dict, form: str, hf_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """DeepSeek-V3 has layers that differ, experts, and prediction layers behind them."""
+    source = hf_checkpoint(family, **settings)
+    chunks = AutoBridge.from_hf_pretrained(source).to_megatron_model(wrap_with_ddp=False)
+    folder = saved(chunks, tmp_path / "megatron", **{form: True})
+    numbered = "_w" if form == "singleton_local_shards" else f"{LAYERS}0."
+    assert any(numbered in key for key in read_metadata(folder).tensors)
+    expected = {name: weight.clone() for name, weight in chunks[0].named_parameters()}
+    for weight in chunks[0].parameters():
+        weight.data.fill_(7.0)
+    load_checkpoint(chunks, folder)
+    assert all(torch.equal(weight, expected[name]) for name, weight in chunks[0].named_parameters())
+    export_checkpoint(folder, tmp_path / "hf", config_from=source)
+    assert compare_ledgers(ledger(source), ledger(tmp_path / "hf")).passed
+
+
+def test_a_live_model_misses_a_layer_under_its_number(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    chunks = AutoBridge.from_hf_pretrained(hf_checkpoint("llama")).to_megatron_model(wrap_with_ddp=False)
+    folder = saved(chunks, tmp_path / "megatron", non_homogeneous_layers=True)
+    metadata = read_metadata(folder)
+    del metadata.tensors[f"{LAYERS}2.mlp.linear_fc2.weight"]
+    write_metadata(folder, metadata)
+    with pytest.raises(CheckpointError, match=r"has no 'decoder\.layers\.mlp\.linear_fc2\.weight'"):
+        load_checkpoint(chunks, folder)

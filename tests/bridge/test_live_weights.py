@@ -24,6 +24,7 @@ CHECKS = (
     "described",
     "from Hugging Face",
     "from Megatron",
+    "from single shards",
     "restricted_load",
     "restricted_load in parallel",
     "saves",

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.utils import unwrap_model
 from safetensors.torch import load_file
 
 from bridge import AutoBridge, restricted_load
@@ -39,7 +40,9 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
             setattr(provider, name, size)
         chunks = provider.provide_distributed_model(wrap_with_ddp=False)
         load_checkpoint(chunks, hf)
-        checks = {**exports(chunks, provider, expected), **loads(chunks, provider, hf, megatron, expected)}
+        single = save_single_shards(chunks, Path(config["output"]) / f"{layout} single")
+        folders = {"hf": hf, "megatron": megatron, "single": single}
+        checks = {**exports(chunks, provider, expected), **loads(chunks, provider, folders, expected)}
         checks["saves"] = saves(bridge, chunks, Path(config["output"]) / layout, expected)
         report[layout] = [name for name, passed in checks.items() if everywhere(passed)]
         report[f"{layout} error"] = message_of(partial(load_checkpoint, chunks, damaged))
@@ -72,17 +75,30 @@ def exports(chunks: Chunks, provider: GPTModelProvider, expected: dict[str, torc
     }
 
 
+def save_single_shards(chunks: Chunks, folder: Path) -> Path:
+    """Save the model with a tensor for each layer and expert, gate and up apart."""
+    settings = {"singleton_local_shards": True}
+    states = [chunk.sharded_state_dict(metadata={**settings}) for chunk in unwrap_model(chunks)]
+    state = restricted_load.without_extra_state({f"model{n}": found for n, found in enumerate(states)})
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir()
+    torch.distributed.barrier()
+    dist_checkpointing.save(state, str(folder), content_metadata=settings)
+    return folder
+
+
 def loads(
-    chunks: Chunks, provider: GPTModelProvider, hf: Path, megatron: Path, expected: dict[str, torch.Tensor]
+    chunks: Chunks, provider: GPTModelProvider, folders: dict[str, Path], expected: dict[str, torch.Tensor]
 ) -> dict[str, bool]:
     parallel = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy())
 
     def through_megatron(strategy: Any) -> None:
-        load_model_state(chunks, restricted_load.load(model_state(chunks), megatron, strategy))
+        load_model_state(chunks, restricted_load.load(model_state(chunks), folders["megatron"], strategy))
 
     ways: dict[str, Callable[[], None]] = {
-        "from Hugging Face": lambda: load_checkpoint(chunks, hf),
-        "from Megatron": lambda: load_checkpoint(chunks, megatron),
+        "from Hugging Face": lambda: load_checkpoint(chunks, folders["hf"]),
+        "from Megatron": lambda: load_checkpoint(chunks, folders["megatron"]),
+        "from single shards": lambda: load_checkpoint(chunks, folders["single"]),
         "restricted_load": lambda: through_megatron(None),
         "restricted_load in parallel": lambda: through_megatron(parallel),
     }
