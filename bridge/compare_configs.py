@@ -3,10 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bridge.families import family_named, provider_of
-from bridge.hf_checkpoint import read_config
-from bridge.megatron_checkpoint import is_megatron_checkpoint, read_model, resolve_checkpoint
-from bridge.provider import GPTModelProvider
+from bridge.ends import NOTHING, GivenModel, describe, is_described
+from bridge.megatron_arguments import contradictions, read_arguments
+from bridge.megatron_checkpoint import resolve_checkpoint
 
 
 class ConfigDifference(NamedTuple):
@@ -17,27 +16,29 @@ class ConfigDifference(NamedTuple):
     b: Any
 
 
-def describe(end: Path) -> GPTModelProvider:
-    """Describe the model of either kind of folder, its run settings at their defaults.
+def compare_configs(a: Path, b: Path, given: GivenModel = NOTHING) -> list[ConfigDifference]:
+    """List what two ends say differently of their model, down to the keys of nested settings.
 
-    What a training run has set besides (layout, recomputation) is no part of a config.json, so it is dropped
-    by writing the model's config and reading that.
+    Where one end describes the other, of plain Megatron-LM, these are the contradictions to its arguments.
     """
-    if not is_megatron_checkpoint(end):
-        return provider_of(read_config(end))
-    provider = read_model(resolve_checkpoint(end))
-    return provider_of(family_named(provider.hf_model_type).hf_config(provider))
-
-
-def compare_configs(a: Path, b: Path) -> list[ConfigDifference]:
-    """List what two ends say differently of their model, down to the keys of nested settings."""
-    first, second = (flat({**describe(end).to_dict(), "hf_config": None}) for end in (a, b))
+    if given.config_from == b and not is_described(a):
+        return [ConfigDifference(*each) for each in differing_arguments(a, b)]
+    if given.config_from == a and not is_described(b):
+        return [ConfigDifference(name, own, other) for name, other, own in differing_arguments(b, a)]
+    first, second = (flat({**describe(end, given).to_dict(), "hf_config": None}) for end in (a, b))
     names = sorted(first | second)
     return [
         ConfigDifference(name, first.get(name), second.get(name))
         for name in names
         if first.get(name) != second.get(name)
     ]
+
+
+def differing_arguments(plain: Path, described: Path) -> list[tuple[str, Any, Any]]:
+    """List what the arguments of a checkpoint and another end's model say differently, in this order."""
+    arguments = read_arguments(resolve_checkpoint(plain)) or {}
+    found = contradictions(describe(described), arguments)
+    return [(each.name, each.trained, each.described) for each in found]
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from bridge import check_layout, distributed, live_checkpoint
-from bridge.compare_configs import describe
 from bridge.differences import Differences, by_layer, summarize, write_table
+from bridge.ends import NOTHING, GivenModel, describe
 from bridge.gates import HIDDEN_THRESHOLDS, case_of, check_dtype, judge_hidden_states, judge_logits
 from bridge.logits import load_hf
 from bridge.megatron_checkpoint import is_megatron_checkpoint, resolve_checkpoint
@@ -53,16 +53,19 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
 def compared(config: dict[str, Any], layout: GPTModelProvider) -> dict[str, Any]:
     """Run both ends and judge; only the first rank's report is whole."""
     a, b = Path(config["a"]), Path(config["b"])
-    models = describe(a), describe(b)
+    given = GivenModel(
+        Path(config["config_from"]) if config.get("config_from") else None, config.get("family")
+    )
+    models = describe(a, given), describe(b, given)
     if reason := incomparable(*models):
         return {"gate": not_measured(reason), "num_positions": 0}
     prompts = prompts_of(config, vocab_size=models[0].vocab_size)
     with shared_folder(config.get("scratch")) as folder:
         trace = TraceFolder(folder)
-        complaints = run_end(a, prompts, layout, trace.keep)
+        complaints = run_end(a, prompts, layout, trace.keep, given)
         torch.distributed.barrier()  # what one rank writes another one reads
         differences = Differences(prompts, trace)
-        complaints += run_end(b, prompts, layout, differences.compare)
+        complaints += run_end(b, prompts, layout, differences.compare, given)
         torch.distributed.barrier()  # before the folder is removed
     positions, layers = (of_all_ranks(rows) for rows in (differences.positions, differences.layers))
     case = case_of(config["dtype"], models[0].num_moe_experts is not None)
@@ -118,10 +121,12 @@ def not_measured(reason: str) -> dict[str, Any]:
     return {"passed": False, "metrics": {}, "thresholds": {}, "failures": [reason]}
 
 
-def run_end(end: Path, prompts: Prompts, layout: GPTModelProvider, keep: Keep) -> list[str]:
+def run_end(
+    end: Path, prompts: Prompts, layout: GPTModelProvider, keep: Keep, given: GivenModel = NOTHING
+) -> list[str]:
     """Let one end say what it says to every prompt; return what transformers found wrong with its folder."""
     if is_megatron_checkpoint(end):
-        run_megatron(end, prompts, layout, keep)
+        run_megatron(end, prompts, laid_out(describe(end, given), layout), keep)
         return []
     # transformers knows no other ranks
     return run_hf(end, prompts, layout.params_dtype, keep) if torch.distributed.get_rank() == 0 else []
@@ -134,8 +139,7 @@ def run_hf(end: Path, prompts: Prompts, dtype: str, keep: Keep) -> list[str]:
     return [f"{end}: transformers finds {kind}: {', '.join(n[:3])}" for kind, n in complaints.items() if n]
 
 
-def run_megatron(end: Path, prompts: Prompts, layout: GPTModelProvider, keep: Keep) -> None:
-    provider = laid_out(describe(end), layout)
+def run_megatron(end: Path, prompts: Prompts, provider: GPTModelProvider, keep: Keep) -> None:
     chunks = provider.provide_distributed_model(wrap_with_ddp=False, perform_initialization=False)
     live_checkpoint.load_checkpoint(chunks, resolve_checkpoint(end))
     chunks[0].eval()

@@ -10,6 +10,7 @@ from bridge.byte_copy import OpenFiles, Progress, ProgressCounter, ThreadBuffer,
 from bridge.chunk_plan import HfRows
 from bridge.conversion import check_workers
 from bridge.coverage import check_hf_coverage
+from bridge.ends import NOTHING, GivenModel, open_megatron
 from bridge.errors import CheckpointError
 from bridge.families import plan_weights, provider_of
 from bridge.hf_checkpoint import CONFIG, HfCheckpoint
@@ -90,12 +91,21 @@ class LedgerComparison:
         return tuple(row.name for row in self.rows if row.state == state)
 
 
-def ledger(path: str | Path, *, workers: int = 2, progress: Progress | None = None) -> Ledger:
-    """Digest a Hugging Face folder, or a Megatron folder as the Hugging Face tensors that it would become."""
+def ledger(
+    path: str | Path,
+    *,
+    workers: int = 2,
+    progress: Progress | None = None,
+    given: GivenModel = NOTHING,
+) -> Ledger:
+    """Digest a Hugging Face folder, or a Megatron folder as the Hugging Face tensors that it would become.
+
+    `given` describes the model of a checkpoint of plain Megatron-LM.
+    """
     check_workers(workers)
     folder = Path(path)
     if is_megatron_checkpoint(folder):
-        records = _megatron_records(MegatronCheckpoint.open(folder), workers, progress)
+        records = _megatron_records(open_megatron(folder, given), workers, progress)
     elif (folder / CONFIG).is_file():
         records = _hf_records(HfCheckpoint.open(folder), workers, progress)
     else:

@@ -7,7 +7,7 @@ and function is replaced by a stand-in that does nothing.
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bridge.contained_path import contained_file
 from bridge.errors import CheckpointError, ConfigError
@@ -97,36 +97,57 @@ def _fields(arguments: Arguments) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def check_arguments(provider: GPTModelProvider, arguments: Arguments, config: Path) -> None:
-    """Raise a ConfigError that names everything in which a config contradicts a checkpoint's arguments."""
-    found = [
-        f"{name} is {getattr(provider, name)!r}, trained was {value!r}"
-        for name, value in _fields(arguments)
-        if getattr(provider, name) != value
-    ]
+class Contradiction(NamedTuple):
+    """A setting under Megatron's name: what a config says of it, and what the model was trained with."""
+
+    name: str
+    described: Any
+    trained: Any
+
+
+def contradictions(provider: GPTModelProvider, arguments: Arguments) -> list[Contradiction]:
+    """List everything in which a model's description contradicts a checkpoint's arguments."""
+    found = [Contradiction(name, getattr(provider, name), value) for name, value in _fields(arguments)]
+    rope = provider.rope_parameters
+    # Other kinds of scaling have no argument of their own.
+    if arguments.get("use_rope_scaling") is not None and rope.get("rope_type") in ("default", "llama3"):
+        scaling = _rope_scaling(arguments)
+        found += [Contradiction(f"rope_parameters.{n}", rope.get(n), value) for n, value in scaling.items()]
+    different = [each for each in found if each.described != each.trained]
     padded = arguments.get("padded_vocab_size")
     if padded and padded < provider.vocab_size:
-        found.append(f"vocab_size is {provider.vocab_size}, trained was {padded} with its padding")
-    if found:
+        different.append(Contradiction("vocab_size", provider.vocab_size, padded))
+    return different
+
+
+def check_arguments(provider: GPTModelProvider, arguments: Arguments, config: Path) -> None:
+    """Raise a ConfigError that names everything in which a config contradicts a checkpoint's arguments."""
+    if found := contradictions(provider, arguments):
+        lines = [f"{each.name} is {each.described!r}, trained was {each.trained!r}" for each in found]
+        if found[-1].name == "vocab_size":
+            lines[-1] += " with its padding"
         raise ConfigError(
-            f"{config} is not of the model that the checkpoint's arguments describe: {'; '.join(found)}"
+            f"{config} is not of the model that the checkpoint's arguments describe: {'; '.join(lines)}"
         )
+
+
+def _rope_scaling(arguments: Arguments) -> dict[str, Any]:
+    if not arguments.get("use_rope_scaling"):
+        return {"rope_type": "default"}
+    # Megatron Core's other numbers are fixed: models/common/embeddings/rotary_pos_embedding.py
+    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"rope_type": "llama3", "factor": float(arguments.get("rope_scaling_factor") or 8.0), **fixed}
 
 
 def provider_from_arguments(arguments: Arguments, family: str) -> GPTModelProvider:
     """Describe the model of a Llama-like family from the arguments of its training alone."""
     theta = float(arguments.get("rotary_base") or 10000.0)
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    if arguments.get("use_rope_scaling"):
-        # Megatron Core's other numbers are fixed: models/common/embeddings/rotary_pos_embedding.py
-        rope |= {"rope_type": "llama3", "factor": float(arguments.get("rope_scaling_factor") or 8.0)}
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     vocab_size = arguments.get("vocab_size") or arguments.get("padded_vocab_size")
     return GPTModelProvider(
         **dict(_fields(arguments)),
         vocab_size=int(vocab_size or 0),
         max_position_embeddings=int(arguments.get("max_position_embeddings") or 0),
-        rope_parameters=rope,
+        rope_parameters={**_rope_scaling(arguments), "rope_theta": theta},
         params_dtype=_dtype(arguments),
         hf_model_type=family,
     ).finalize()

@@ -54,13 +54,13 @@ class MegatronCheckpoint:
     ) -> "MegatronCheckpoint":
         """Open a checkpoint or the latest one of a training run; anything wrong is an InputError.
 
-        Plain Megatron-LM stores neither config nor tokenizer. `config_from` is a Hugging Face folder whose
-        own are taken, and held against the arguments of the training; `family` is the `model_type` whose
-        config is made from those arguments.
+        Plain Megatron-LM stores neither config nor tokenizer. `config_from` is a Hugging Face folder, or
+        another Megatron one, whose own are taken, and held against the arguments of the training; `family` is
+        the `model_type` whose config is made from those arguments.
         """
         folder = resolve_checkpoint(Path(path))
-        hf_folder = Path(config_from) if config_from else folder / HF_FOLDER
-        provider = _provider(folder, hf_folder if config_from else None, family)
+        provider = model_of(folder, Path(config_from) if config_from else None, family)
+        hf_folder = side_folder(Path(config_from) if config_from else folder)
         files = tuple(side_files(hf_folder)) if hf_folder.is_dir() else ()
         return cls(folder, provider, read_metadata(folder, skip=is_training_state), files)
 
@@ -74,11 +74,12 @@ class MegatronCheckpoint:
         return as_stored(plan_weights(self.provider), self.metadata.tensors)
 
 
-def _provider(folder: Path, hf_folder: Path | None, family: str | None) -> GPTModelProvider:
-    if hf_folder is not None:
-        provider = provider_of(read_config(hf_folder))
+def model_of(folder: Path, config_from: Path | None, family: str | None) -> GPTModelProvider:
+    """Describe the model of a resolved folder; for the options see `MegatronCheckpoint.open`."""
+    if config_from is not None:
+        provider, file = _described(config_from)
         if arguments := read_arguments(folder):
-            check_arguments(provider, arguments, hf_folder / CONFIG)
+            check_arguments(provider, arguments, file)
         return provider
     if (folder / MODEL).is_file() or family is None:
         return read_model(folder)
@@ -89,6 +90,19 @@ def _provider(folder: Path, hf_folder: Path | None, family: str | None) -> GPTMo
             " (--config-from)"
         )
     return provider_from_arguments(arguments, family_named(family).model_type)
+
+
+def _described(folder: Path) -> tuple[GPTModelProvider, Path]:
+    """Read the model of either kind of folder, and name the file that describes it."""
+    if not is_megatron_checkpoint(folder):
+        return provider_of(read_config(folder)), folder / CONFIG
+    folder = resolve_checkpoint(folder)
+    return read_model(folder), folder / MODEL
+
+
+def side_folder(end: Path) -> Path:
+    """Return the folder where config.json and tokenizer of either kind of folder would lie."""
+    return resolve_checkpoint(end) / HF_FOLDER if is_megatron_checkpoint(end) else end
 
 
 def is_training_state(key: str) -> bool:

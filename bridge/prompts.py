@@ -6,7 +6,7 @@ from typing import Any
 
 from bridge.distributed import DEFAULT_SEED
 from bridge.errors import InputError
-from bridge.megatron_checkpoint import HF_FOLDER, is_megatron_checkpoint, resolve_checkpoint
+from bridge.megatron_checkpoint import side_folder
 
 Prompts = list[list[int]]
 
@@ -14,12 +14,13 @@ Prompts = list[list[int]]
 def prompts_of(config: dict[str, Any], vocab_size: int) -> Prompts:
     """Return a job's `prompts`, those of `prompts_file`, or random ones that depend on the seed alone.
 
-    The ends `a` and `b` are asked for a tokenizer when the file is text. A token outside the vocabulary is an
-    InputError.
+    The ends `a` and `b`, and `config_from`, are asked for a tokenizer when the file is text. A token outside
+    the vocabulary is an InputError.
     """
     prompts = config.get("prompts")
     if prompts is None and config.get("prompts_file"):
-        prompts = read_prompts(Path(config["prompts_file"]), [Path(config[end]) for end in ("a", "b")])
+        folders = [config["a"], config["b"], config.get("config_from")]
+        prompts = read_prompts(Path(config["prompts_file"]), [Path(folder) for folder in folders if folder])
     if prompts is None:
         shape = (config.get("num_prompts", 4), config.get("prompt_length", 64))
         prompts = random_prompts(*shape, vocab_size, config.get("seed", DEFAULT_SEED))
@@ -68,8 +69,3 @@ def tokenized(lines: list[str], ends: list[Path]) -> Prompts:
     raise InputError(
         "neither end has a tokenizer for prompts of text: give a .json file with lists of token ids"
     )
-
-
-def side_folder(end: Path) -> Path:
-    """Return the folder where the tokenizer of an end would lie."""
-    return resolve_checkpoint(end) / HF_FOLDER if is_megatron_checkpoint(end) else end

@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from bridge import check_layout
+from bridge.ends import GivenModel, given_for, is_described
 from bridge.errors import InputError
 from bridge.gates import check_dtype, place_of
 from bridge.hf_checkpoint import HfCheckpoint
@@ -35,19 +36,25 @@ def compare(
     *,
     dtypes: list[str],
     gates: set[str],
+    config_from: Path | None = None,
+    family: str | None = None,
     report: Path | None,
     picture: Path | None,
     as_json: bool,
 ) -> None:
-    """Run the gates, show their verdicts and end with exit code 1 if one failed."""
+    """Run the gates, show their verdicts and end with exit code 1 if one failed.
+
+    `config_from` and `family` describe ends of plain Megatron-LM; without them the other end does.
+    """
     a, b = a.absolute(), b.absolute()
     for dtype in dtypes:
         check_dtype(dtype)
     for end in (a, b):
         check_end(end)
+    given = given_for(a, b, config_from.absolute() if config_from else None, family)
     with tempfile.TemporaryDirectory(prefix="bridgeworks-compare-") as temporary:
         folder = Path(temporary)
-        verdicts = judge(a, b, settings, dtypes, gates, folder)
+        verdicts = judge(a, b, settings, dtypes, gates, folder, given)
         result = {
             "passed": all(each["passed"] for each in verdicts),
             "a": str(a),
@@ -61,19 +68,27 @@ def compare(
 
 
 def judge(
-    a: Path, b: Path, settings: dict[str, Any], dtypes: list[str], gates: set[str], folder: Path
+    a: Path,
+    b: Path,
+    settings: dict[str, Any],
+    dtypes: list[str],
+    gates: set[str],
+    folder: Path,
+    given: GivenModel,
 ) -> list[Verdict]:
     """Run the gates that are asked for; what cannot be measured because an end is not whole is left out."""
-    verdicts = [check_config(a, b)] if "config" in gates else []
-    covered = [check_coverage(a, "coverage_a"), check_coverage(b, "coverage_b")]
+    verdicts = [check_config(a, b, given=given)] if "config" in gates else []
+    covered = [check_coverage(a, "coverage_a", given), check_coverage(b, "coverage_b", given)]
     if "tensors" in gates or not all(each["passed"] for each in covered):
         verdicts += covered
     if not all(each["passed"] for each in covered):
         return verdicts
     if "tensors" in gates:
-        verdicts.append(check_digests(a, b, folder / LEDGER, "tensors"))
+        verdicts.append(check_digests(a, b, folder / LEDGER, "tensors", given))
+    source = {"config_from": str(given.config_from) if given.config_from else None, "family": given.family}
     for dtype in dtypes if "logits" in gates else []:
-        found = compare_logits({**settings, "a": str(a), "b": str(b), "dtype": dtype}, folder / dtype)
+        job = {**settings, **source, "a": str(a), "b": str(b), "dtype": dtype}
+        found = compare_logits(job, folder / dtype)
         verdicts += [{**each, "gate": f"{each['gate']}_{dtype}"} for each in found]
     return verdicts
 
@@ -93,7 +108,10 @@ def check_end(end: Path) -> None:
     """Refuse a folder that is no checkpoint, before a job is started."""
     if not end.is_dir():
         raise InputError(f"no such checkpoint folder: {end}")
-    MegatronCheckpoint.open(end) if is_megatron_checkpoint(end) else HfCheckpoint.open(end)
+    if not is_megatron_checkpoint(end):
+        HfCheckpoint.open(end)
+    elif is_described(end):
+        MegatronCheckpoint.open(end)
 
 
 def keep(

@@ -7,13 +7,14 @@ from typing import Any
 
 from bridge.compare_configs import compare_configs
 from bridge.coverage import check_hf_coverage, check_megatron_coverage
+from bridge.ends import NOTHING, GivenModel, open_megatron
 from bridge.errors import GateError, InputError
 from bridge.families import plan_weights, provider_of
 from bridge.gates import within
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.job import write_json
 from bridge.ledger import EQUAL, STATES, LedgerComparison, LedgerRecord, compare_ledgers, ledger
-from bridge.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
+from bridge.megatron_checkpoint import is_megatron_checkpoint
 from tasks.spec import CheckSpec
 from tasks.step import StepContext
 
@@ -24,21 +25,21 @@ REPORT = "report.json"
 LEDGER, POSITIONS, LAYERS, PICTURE = "ledger.csv", "logits.jsonl", "layers.jsonl", "differences.png"
 
 
-def check_coverage(end: Path, name: str = "coverage") -> Verdict:
+def check_coverage(end: Path, name: str = "coverage", given: GivenModel = NOTHING) -> Verdict:
     """Check that a checkpoint of either kind holds exactly the tensors that its config declares."""
     failures = []
     tensors = 0
     try:
-        tensors = covered(end)
+        tensors = covered(end, given)
     except InputError as error:  # here it is our own output that is wrong, not what a user gave
         failures.append(str(error))
     return verdict(name, {"tensors": tensors, "unaccounted": len(failures)}, {"unaccounted": 0}, failures)
 
 
-def covered(end: Path) -> int:
+def covered(end: Path, given: GivenModel = NOTHING) -> int:
     """Return how many tensors a checkpoint has; anything missing, left over or of another shape is raised."""
     if is_megatron_checkpoint(end):
-        checkpoint = MegatronCheckpoint.open(end)
+        checkpoint = open_megatron(end, given)
         plan = checkpoint.plan()
         check_megatron_coverage(plan, checkpoint.metadata.tensors, str(checkpoint.path))
     else:
@@ -48,16 +49,18 @@ def covered(end: Path) -> int:
     return len(plan.hf_shapes)
 
 
-def check_config(a: Path, b: Path, name: str = "config") -> Verdict:
+def check_config(a: Path, b: Path, name: str = "config", given: GivenModel = NOTHING) -> Verdict:
     """Check that two ends say the same of their model in every setting."""
-    found = compare_configs(a, b)
+    found = compare_configs(a, b, given)
     failures = [f"{each.name} is {each.a!r} in {a.name} and {each.b!r} in {b.name}" for each in found]
     return verdict(name, {"differences": len(found)}, {"differences": 0}, failures)
 
 
-def check_digests(a: Path, b: Path, table: Path, name: str = "digests") -> Verdict:
+def check_digests(
+    a: Path, b: Path, table: Path, name: str = "digests", given: GivenModel = NOTHING
+) -> Verdict:
     """Compare two checkpoints bit for bit, tensor by tensor; `table` gets the ledger of both."""
-    found = compare_ledgers(ledger(a), ledger(b))
+    found = compare_ledgers(ledger(a, given=given), ledger(b, given=given))
     write_ledger(found, table)
     groups = {state: found.names(state) for state in STATES}
     failures = [

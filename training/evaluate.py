@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from torch.utils.data import Subset
 
 from bridge import check_layout, distributed, live_checkpoint
-from bridge.compare_configs import describe
+from bridge.ends import describe
 from bridge.errors import ConfigError
 from bridge.megatron_checkpoint import resolve_checkpoint
 from bridge.provider import GPTModelProvider

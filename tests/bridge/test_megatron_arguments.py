@@ -1,9 +1,6 @@
 """Checkpoints of plain Megatron-LM: no model.json, no hf/, arguments in common.pt, keys in several forms."""
 
-import argparse
-import enum
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +8,15 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import copy_checkpoint, edit_json
+from plain_checkpoints import ROPE, make_plain_run, save_arguments
 
 from bridge.errors import CheckpointError, ConfigError
 from bridge.exporter import export_checkpoint
 from bridge.importer import import_checkpoint
 from bridge.ledger import compare_ledgers, ledger
 from bridge.megatron_arguments import read_arguments
-from bridge.megatron_checkpoint import HF_FOLDER, MODEL
 
 Checkpoints = Callable[..., Path]
-
-
-class AttnBackend(enum.Enum):
-    auto = 5
 
 
 class Attack:
@@ -31,53 +24,11 @@ class Attack:
         return os.mkdir, ("attacked",)
 
 
-ARGUMENTS: dict[str, Any] = {
-    "num_layers": 4,
-    "hidden_size": 64,
-    "ffn_hidden_size": 128,
-    "num_attention_heads": 8,
-    "group_query_attention": True,
-    "num_query_groups": 4,
-    "kv_channels": 16,
-    "normalization": "RMSNorm",
-    "norm_epsilon": 1e-6,
-    "swiglu": True,
-    "untie_embeddings_and_output_weights": True,
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
-    "position_embedding_type": "rope",
-    "rotary_base": 10000,
-    "rotary_percent": 1.0,
-    "use_rope_scaling": False,
-    "max_position_embeddings": 512,
-    "vocab_size": 160,
-    "padded_vocab_size": 256,
-    "num_experts": None,
-    "bf16": True,
-    "params_dtype": torch.bfloat16,
-    "attention_backend": AttnBackend.auto,
-    "data_path": [Path("data/text")],
-}
-
-
 @pytest.fixture
 def plain(hf_checkpoint: Checkpoints, megatron_checkpoint: Checkpoints, tmp_path: Path) -> Path:
-    """A run's folder as Megatron-LM leaves it."""
-    settings = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    run = tmp_path / "run"
-    folder = copy_checkpoint(megatron_checkpoint("llama", **settings), run / "iter_0000010")
-    shutil.rmtree(folder / HF_FOLDER)
-    (folder / MODEL).unlink()
-    (run / "latest_checkpointed_iteration.txt").write_text("10")
-    save_arguments(folder)
-    copy_checkpoint(hf_checkpoint("llama", **settings), tmp_path / "source")
-    return run
-
-
-def save_arguments(folder: Path, **changes: Any) -> None:
-    arguments = argparse.Namespace(**{**ARGUMENTS, **changes})
-    torch.save({"args": arguments, "iteration": 10, "checkpoint_version": 3.0}, folder / "common.pt")
+    """A run's folder as Megatron-LM leaves it; what it was imported from is copied beside it."""
+    copy_checkpoint(hf_checkpoint("llama", **ROPE), tmp_path / "source")
+    return make_plain_run(megatron_checkpoint("llama", **ROPE), tmp_path / "run")
 
 
 def test_exports_with_a_config_that_fits(plain: Path, tmp_path: Path) -> None:
@@ -118,6 +69,7 @@ def test_names_every_contradiction(plain: Path, tmp_path: Path) -> None:
         ({"rotary_base": 500000}, "rotary_base"),
         ({"num_experts": 8}, "num_moe_experts"),
         ({"qk_layernorm": True}, "qk_layernorm"),
+        ({"use_rope_scaling": True}, r"rope_parameters\.rope_type"),
         ({"swiglu": False}, "gated_linear_unit"),
         ({"untie_embeddings_and_output_weights": False}, "share_embeddings_and_output_weights"),
     ],
@@ -128,6 +80,30 @@ def test_what_the_weights_do_not_show_is_held_against_the_arguments(
     save_arguments(plain / "iter_0000010", **arguments)
     with pytest.raises(ConfigError, match=f"{field} is"):
         export_checkpoint(plain, tmp_path / "hf", config_from=tmp_path / "source")
+
+
+def test_scaling_of_the_rope_is_held_against_every_number(plain: Path, tmp_path: Path) -> None:
+    scaling = {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {**ROPE["rope_parameters"], "rope_type": "llama3", **scaling}
+    edit_json(
+        tmp_path / "source" / "config.json",
+        rope_parameters={**rope, "original_max_position_embeddings": 4096},
+    )
+    save_arguments(plain / "iter_0000010", use_rope_scaling=True)
+    with pytest.raises(ConfigError) as caught:
+        export_checkpoint(plain, tmp_path / "hf", config_from=tmp_path / "source")
+    assert "rope_parameters.factor is 4.0, trained was 8.0; rope_parameters.original" in str(caught.value)
+    assert "low_freq" not in str(caught.value)
+
+
+def test_another_megatron_checkpoint_describes_one_as_well(
+    plain: Path, megatron_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    export_checkpoint(plain, tmp_path / "hf", config_from=megatron_checkpoint("llama", **ROPE))
+    assert compare_ledgers(ledger(tmp_path / "source"), ledger(tmp_path / "hf")).passed
+    assert (tmp_path / "hf" / "generation_config.json").is_file()
+    with pytest.raises(ConfigError, match=r"model\.json is not of the model .* rotary_base is 500000\.0"):
+        export_checkpoint(plain, tmp_path / "other", config_from=megatron_checkpoint("llama"))
 
 
 def test_says_what_to_name(plain: Path, tmp_path: Path) -> None:

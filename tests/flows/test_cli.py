@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from checkpoints import copy_checkpoint, edit_json, make_hf_checkpoint
+from plain_checkpoints import ROPE, make_plain_run, save_arguments
 
 PROGRAM = str(Path(sys.executable).with_name("bridgeworks"))
 COMMANDS = (
@@ -157,6 +158,27 @@ def test_compare_of_an_end_that_lacks_a_tensor_fails(hf: Path, tmp_path: Path) -
     assert result.returncode == 1, result.stderr
     assert "coverage_b: " in result.stdout
     assert "lm_head.weight" in result.stdout
+
+
+def test_compare_takes_a_plain_folder_of_megatron_lm(tmp_path: Path) -> None:
+    hf = make_hf_checkpoint(tmp_path / "hf", "llama", **ROPE)
+    run("import", hf, tmp_path / "megatron")
+    plain = make_plain_run(tmp_path / "megatron", tmp_path / "run")
+    small = ("--num-prompts", 1, "--prompt-length", 4)
+    same = run("compare", plain, hf, *small, "--json")
+    assert same.returncode == 0, same.stderr + same.stdout
+    gates = [gate["gate"] for gate in json.loads(same.stdout)["gates"]]
+    assert gates[:4] == ["config", "coverage_a", "coverage_b", "tensors"]
+    assert "logits_float32" in gates
+    assert run("compare", plain, plain, "--family", "llama", "--only", "tensors").returncode == 0
+    check_refused(run("compare", plain, plain), "describes its model", "--family", "--config-from")
+    check_refused(run("compare", hf, hf, "--family", "llama"), "leave out")
+    save_arguments(plain / "iter_0000010", rotary_base=500000)
+    different = run("compare", plain, hf)
+    assert different.returncode == 1, different.stderr
+    assert "config: rotary_base is 500000 in run and 10000.0 in hf" in different.stdout
+    assert "coverage_a: " in different.stdout
+    assert "rotary_base is 10000.0, trained was 500000" in different.stdout
 
 
 def without_shard(source: Path, folder: Path, shard: str) -> Path:
