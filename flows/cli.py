@@ -2,7 +2,6 @@
 
 import signal
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -10,6 +9,22 @@ import typer
 
 from bridge.errors import BridgeworksError
 from flows import audit, data
+from flows.options import (
+    Expert,
+    Gate,
+    Json,
+    MaxRestarts,
+    Pipeline,
+    Set,
+    Tensor,
+    TrainContext,
+    TrainData,
+    TrainDataset,
+    TrainExpert,
+    TrainExpertTensor,
+    TrainPipeline,
+    TrainTensor,
+)
 
 app = typer.Typer(
     help="From a Hugging Face checkpoint to a trained, verified and published successor.",
@@ -22,27 +37,12 @@ app.add_typer(audit.app, name="audit")
 app.add_typer(data.app, name="data")
 
 
-class Gate(StrEnum):
-    """The gates of `compare`."""
-
-    CONFIG = "config"
-    TENSORS = "tensors"
-    LOGITS = "logits"
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead, for scripts.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Change one setting, by dotted name; may be repeated."),
-]
 Workers = Annotated[int, typer.Option(min=1, help="Threads that copy.")]
 MaxMemory = Annotated[str, typer.Option(help="The most memory to take, such as 500MB or 2GiB.")]
 Dtype = Annotated[
     str | None,
     typer.Option(help="Cast the weights: float32, bfloat16 or float16.", show_default="as they are"),
 ]
-Tensor = Annotated[int, typer.Option("--tp", min=1, max=64, help="tensor_model_parallel_size")]
-Pipeline = Annotated[int, typer.Option("--pp", min=1, max=64, help="pipeline_model_parallel_size")]
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The release spec, a YAML or JSON file.")]
 
 
@@ -122,8 +122,9 @@ def plan(spec: SpecFile, changes: Set = None, json: Json = False) -> None:
     from flows.show_release import plan_rows, planned, print_plan
     from tasks.spec import load_spec
 
-    decisions = planned(load_spec(spec, changes))
-    print_json(plan_rows(decisions)) if json else print_plan(decisions)
+    loaded = load_spec(spec, changes)
+    decisions = planned(loaded, here=False)
+    print_json(plan_rows(loaded, decisions)) if json else print_plan(loaded, decisions)
 
 
 @app.command("import")
@@ -201,7 +202,7 @@ def compare(
     b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     tp: Tensor = 1,
     pp: Pipeline = 1,
-    ep: Annotated[int, typer.Option("--ep", min=1, max=64, help="expert_model_parallel_size")] = 1,
+    ep: Expert = 1,
     dtype: Annotated[
         list[str] | None,
         typer.Option(help="float32 (default) or bfloat16; the thresholds follow from it. May be repeated."),
@@ -252,32 +253,49 @@ def compare(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a recipe: `bridgeworks recipes`.")],
-    output: Annotated[Path, typer.Option(help="Folder of the run; one that was stopped is gone on with.")],
-    dataset: Annotated[
-        Path | None,
-        typer.Option(help="What `data build` made; several: `--set dataset.blend=[0.7,a,0.3,b]` in JSON."),
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="One that `bridgeworks recipes` lists.")],
+    output: Annotated[Path, typer.Option(help="Folder of the run; what it holds already is gone on with.")],
+    load: Annotated[
+        Path | None, typer.Option(help="Start from this Megatron or Hugging Face folder's weights and model.")
     ] = None,
-    load: Annotated[Path | None, typer.Option(help="Megatron or Hugging Face folder to start from.")] = None,
-    tp: Tensor = 1,
-    pp: Pipeline = 1,
-    dp: Annotated[int, typer.Option("--dp", min=1, max=4096, help="Copies of the model.")] = 1,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="Restarts after crashes, in a row without a new checkpoint.")
-    ] = 2,
+    dataset: TrainDataset = None,
+    tp: TrainTensor = None,
+    pp: TrainPipeline = None,
+    cp: TrainContext = None,
+    ep: TrainExpert = None,
+    etp: TrainExpertTensor = None,
+    dp: TrainData = 1,
+    max_restarts: MaxRestarts = 2,
     changes: Set = None,
     json: Json = False,
 ) -> None:
-    """Run a recipe by torchrun on a Megatron checkpoint and a dataset.
+    """Train a recipe's model, or with --load that of a checkpoint, on the GPUs of this machine or its CPU.
+
+    The same command goes on with a run that was stopped. OUTPUT gets checkpoints/, metrics.jsonl and a folder
+    with the log of each job. `bridgeworks recipes RECIPE` shows everything that --set can change.
 
     Example: `bridgeworks train continued_pretrain_config --load megatron/llama-1b --dataset data/code
-    --output runs/llama --tp 2 --set train.train_iters=200`
+    --output runs/llama --tp 2 --dp 4 --set train.train_iters=200`
     """
     from flows import train as training
 
-    layout = {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    sizes = {
+        "tensor_model_parallel_size": tp,
+        "pipeline_model_parallel_size": pp,
+        "context_parallel_size": cp,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": etp,
+        "data_parallel_size": dp,
+    }
     training.train(
-        recipe, load, dataset, output, layout, dp, changes or [], max_restarts=max_restarts, as_json=json
+        recipe,
+        output,
+        load=load,
+        dataset=dataset,
+        sizes=sizes,
+        changes=changes or [],
+        max_restarts=max_restarts,
+        as_json=json,
     )
 
 

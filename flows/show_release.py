@@ -10,6 +10,7 @@ from typing import Any
 
 from flows.console import PLAIN_SECONDS, person_watches, print_json, print_table
 from flows.doctor import MISSING, check_prefect
+from flows.layouts import layout_of, ranks_in_words
 from flows.pages import page_lines, prepare_prefect
 from tasks.artifact import Artifact, Kind
 from tasks.chain import CHAIN
@@ -20,14 +21,19 @@ from tasks.release import RELEASE
 from tasks.spec import ReleaseSpec
 
 
-def planned(spec: ReleaseSpec) -> list[Decision]:
-    """Refuse a spec that cannot work, and make the plan."""
-    check_spec(spec)
+def planned(spec: ReleaseSpec, *, here: bool) -> list[Decision]:
+    """Refuse a spec that cannot work, `here` one that this machine cannot run, and make the plan."""
+    check_spec(spec, here=here)
     return make_plan(spec, CHAIN, store_of(spec))
 
 
-def plan_rows(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
-    """Return the plan as JSON values."""
+def plan_rows(spec: ReleaseSpec, decisions: Sequence[Decision]) -> list[dict[str, Any]]:
+    """Return the plan as JSON values; "parallel" says how the job of a step is spread, if it may be."""
+    rows = decision_rows(decisions)
+    return [{**row, "parallel": layout_of(spec, row["step"])} for row in rows]
+
+
+def decision_rows(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
     return [
         {
             "step": each.step,
@@ -39,17 +45,20 @@ def plan_rows(decisions: Sequence[Decision]) -> list[dict[str, Any]]:
     ]
 
 
-def print_plan(decisions: Sequence[Decision]) -> None:
-    rows = [(each.step, each.action, each.reason) for each in decisions]
-    print_table(("step", "action", "why"), rows, title="Plan")
+def print_plan(spec: ReleaseSpec, decisions: Sequence[Decision]) -> None:
+    rows = [
+        (row["step"], row["action"], ranks_in_words(row["parallel"]), row["reason"])
+        for row in plan_rows(spec, decisions)
+    ]
+    print_table(("step", "action", "ranks", "why"), rows, title="Plan")
 
 
 def run_release(spec: ReleaseSpec, *, as_json: bool = False) -> None:
     """Make the release that the spec asks for and show it; without anything to do Prefect is not started."""
     prepare_prefect(spec.workspace)
-    decisions = planned(spec)
+    decisions = planned(spec, here=True)
     if not as_json:
-        print_plan(decisions)
+        print_plan(spec, decisions)
     if any(decision.runs for decision in decisions):
         result = run_flow(spec, quiet=as_json)
     else:
@@ -68,7 +77,7 @@ def reused(spec: ReleaseSpec, decisions: Sequence[Decision]) -> dict[str, Any]:
         "name": spec.name,
         "steps": [
             {**row, "seconds": 0.0, "digest": artifact.digest}
-            for row, artifact in zip(plan_rows(decisions), artifacts, strict=True)
+            for row, artifact in zip(decision_rows(decisions), artifacts, strict=True)
         ],
         "release": artifacts[-1].output,
         "identifiers": release["identifiers"],

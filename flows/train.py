@@ -2,14 +2,16 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import InputError
 from bridge.pretrained import read_model, resolve_pretrained
 from flows.console import Progress, person_watches, print_json, print_table, progress
+from flows.layouts import ranks_in_words, with_ranks
 from recipes.registry import recipe_named
+from tasks.gpus import check_gpus
 from tasks.launch import launch
 from tasks.restart import run_with_restarts
 from tasks.spec import ParallelSpec, TrainSpec, override
@@ -21,59 +23,66 @@ from training.overrides import apply_overrides
 
 SECONDS_BETWEEN_READS = 1.0
 SIZES = tuple(f"model.{name}" for name in ParallelSpec.model_fields)
+OPTIONS = "--tp, --pp, --cp, --ep, --etp and --dp"
 
 
 def train(
     recipe: str,
+    output: Path,
+    *,
     load: Path | None,
     dataset: Path | None,
-    output: Path,
-    layout: dict[str, int],
-    copies: int,
+    sizes: Mapping[str, int | None],
     changes: list[str],
-    *,
     max_restarts: int,
     as_json: bool,
 ) -> None:
-    """Run the job and show what came of it; what `output` holds of an earlier run is gone on with."""
-    parallel = ParallelSpec(**layout, data_parallel_size=copies)
+    """Run the job and show what came of it; what `output` holds of an earlier run is gone on with.
+
+    `sizes` are those of a ParallelSpec; where one is None, the recipe decides.
+    """
     weights = resolve_pretrained(load.absolute()) if load else None
+    parallel = parallel_of(recipe, sizes)
     config = make_config(recipe, weights, parallel, changes)
     if dataset is not None:
         config.dataset.blend = [str(dataset)]
-    config.validate(parallel.num_processes)
-    check_dataset(config)
+    check(config, parallel)
     config.dataset = with_absolute_paths(config.dataset)
-    output = output.absolute()
-    metrics = output / "metrics.jsonl"
-    job = {
-        "config": config.to_dict(),
-        "load": str(weights) if weights else None,
-        "output": str(output / "checkpoints"),
-        "metrics": str(metrics),
-    }
-    with progress("training") as show:
+    job = make_job(config, weights, output.absolute())
+    print(f"ranks: {ranks_in_words(with_ranks(parallel))}", file=sys.stderr)
+    report = run(job, output.absolute(), parallel.num_processes, max_restarts, print_lines=not as_json)
+    show(job, report, parallel, as_json)
 
-        def start(name: str) -> dict[str, Any]:
-            return launch(
-                "training.pretrain",
-                job,
-                folder=output / name,
-                num_processes=parallel.num_processes,
-                on_line=None if person_watches() or as_json else print,
-                on_tick=follow(metrics, config.train.train_iters, show),
-            )
 
-        report = run_with_restarts(
-            start,
-            checkpoints=output / "checkpoints",
-            folder=output,
-            max_restarts=max_restarts,
-            log=lambda line: print(line, file=sys.stderr),
-        )
-    report["attempts"] = len(report["attempts"])
-    summary = {"checkpoints": job["output"], "metrics": str(metrics), **report, **losses(metrics)}
-    print_json(summary) if as_json else print_table(("what", "value"), list(summary.items()))
+def parallel_of(recipe: str, sizes: Mapping[str, int | None]) -> ParallelSpec:
+    """Return the sizes that were given, those of the recipe's own model for the others."""
+    model = recipe_named(recipe)().model
+    chosen = {name: getattr(model, name) if size is None else size for name, size in sizes.items()}
+    return ParallelSpec.model_validate(chosen)
+
+
+def make_config(
+    recipe: str, load: Path | None, parallel: ParallelSpec, changes: list[str]
+) -> ConfigContainer:
+    """Return the recipe's config with the changes, its model that of the checkpoint where there is one."""
+    if wrong := next((change for change in changes if change.partition("=")[0].strip() in SIZES), None):
+        raise InputError(f"{wrong}: give parallel sizes by {OPTIONS}")
+    if load:
+        overrides = override({}, [f"train.overrides.{change}" for change in changes]).get("train", {})
+        return resolved_config(TrainSpec(recipe=recipe, parallel=parallel, **overrides), read_model(load))
+    config = recipe_named(recipe)()
+    if not config.model.num_layers:
+        raise InputError(f"{recipe} trains a model that is there: name its folder with --load")
+    for name, size in parallel.model_sizes.items():
+        setattr(config.model, name, size)
+    return apply_overrides(config, changes)
+
+
+def check(config: ConfigContainer, parallel: ParallelSpec) -> None:
+    """Refuse what the run would fail by, before any process starts."""
+    config.validate(parallel.num_processes)
+    check_gpus(parallel.num_processes, OPTIONS, config.mixed_precision)
+    check_dataset(config)
 
 
 def check_dataset(config: ConfigContainer) -> None:
@@ -85,19 +94,55 @@ def check_dataset(config: ConfigContainer) -> None:
     check_files(data, splits, config.model.seq_length, config.model.vocab_size)
 
 
-def make_config(
-    recipe: str, load: Path | None, parallel: ParallelSpec, changes: list[str]
-) -> ConfigContainer:
-    """Return the recipe's config with the changes, its model that of the checkpoint where there is one."""
-    if wrong := next((change for change in changes if change.partition("=")[0] in SIZES), None):
-        raise InputError(f"{wrong}: give parallel sizes by --tp, --pp and --dp")
-    if load:
-        overrides = override({}, [f"train.overrides.{change}" for change in changes]).get("train", {})
-        return resolved_config(TrainSpec(recipe=recipe, parallel=parallel, **overrides), read_model(load))
-    config = recipe_named(recipe)()
-    for name, size in parallel.model_sizes.items():
-        setattr(config.model, name, size)
-    return apply_overrides(config, changes)
+def make_job(config: ConfigContainer, load: Path | None, output: Path) -> dict[str, Any]:
+    """Return what `training.pretrain` is told."""
+    return {
+        "config": config.to_dict(),
+        "load": str(load) if load else None,
+        "output": str(output / "checkpoints"),
+        "metrics": str(output / "metrics.jsonl"),
+    }
+
+
+def run(
+    job: dict[str, Any], folder: Path, num_processes: int, max_restarts: int, *, print_lines: bool
+) -> dict[str, Any]:
+    """Run the job until it ends well, starting it again after crashes; return its report."""
+    with progress("training") as show_progress:
+        on_tick = follow(Path(job["metrics"]), job["config"]["train"]["train_iters"], show_progress)
+
+        def start(name: str) -> dict[str, Any]:
+            return launch(
+                "training.pretrain",
+                job,
+                folder=folder / name,
+                num_processes=num_processes,
+                on_line=print if print_lines and not person_watches() else None,
+                on_tick=on_tick,
+            )
+
+        return run_with_restarts(
+            start,
+            checkpoints=Path(job["output"]),
+            folder=folder,
+            max_restarts=max_restarts,
+            log=lambda line: print(line, file=sys.stderr),
+        )
+
+
+def show(job: dict[str, Any], report: dict[str, Any], parallel: ParallelSpec, as_json: bool) -> None:
+    """Print where the run lies and how it ended."""
+    summary = {
+        "checkpoints": job["output"],
+        "metrics": job["metrics"],
+        **report,
+        "attempts": len(report["attempts"]),
+        **losses(Path(job["metrics"])),
+    }
+    if as_json:
+        print_json({**summary, "parallel": with_ranks(parallel)})
+    else:
+        print_table(("what", "value"), list(summary.items()))
 
 
 def follow(metrics: Path, train_iters: int, show: Progress) -> Callable[[], None]:

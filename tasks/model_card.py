@@ -73,13 +73,16 @@ def _usage() -> list[str]:
 
 
 def _settings(config: dict[str, Any]) -> list[tuple[Any, ...]]:
+    sizes = ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor")
     shown = {
         "train": ("train_iters", "global_batch_size", "micro_batch_size"),
-        "model": ("seq_length", "tensor_model_parallel_size", "pipeline_model_parallel_size", "params_dtype"),
+        "model": ("seq_length", *(f"{size}_parallel_size" for size in sizes), "params_dtype"),
         "optimizer": ("lr", "min_lr", "weight_decay"),
         "scheduler": ("lr_decay_style", "lr_warmup_iters"),
     }
-    return [(f"{part}.{name}", config[part][name]) for part, names in shown.items() for name in names]
+    rows = [(f"{part}.{name}", config[part][name]) for part, names in shown.items() for name in names]
+    rows.append(("data_parallel_size", config["data_parallel_size"]))
+    return [row for row in rows if row[1] is not None]
 
 
 def _splits(dataset: dict[str, Any]) -> list[tuple[Any, ...]]:

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bridge import check_layout
 from bridge.errors import CheckpointError
 from bridge.families import provider_of
 from bridge.hf_checkpoint import CONFIG, read_config
@@ -14,24 +15,30 @@ from tasks.build_dataset import text_identity
 from tasks.chain import CHAIN
 from tasks.delivery import check_destination
 from tasks.fetch import pin
+from tasks.gpus import check_gpus
 from tasks.plan import decide, make_plan, store_of
 from tasks.spec import ReleaseSpec
 from tasks.train import resolved_config
 
 
-def check_spec(spec: ReleaseSpec) -> None:
+def check_spec(spec: ReleaseSpec, *, here: bool = True) -> None:
     """Check recipe, overrides, parallel sizes, text and destination against the source's model.
 
     Anything wrong is an InputError. Of the source only its listing and config are read. A destination that is
-    taken is refused when a new model is to be trained; what is trained already may be there rightly.
+    taken is refused when a new model is to be trained; what is trained already may be there rightly. `here`
+    says that this machine will run the jobs, and its GPUs must be able to.
     """
     model = provider_of(source_config(spec))
-    resolved_config(spec.train, model)
-    sizes: dict[str, Any] = spec.check.model_sizes
-    dataclasses.replace(model, **sizes).finalize()
+    config = resolved_config(spec.train, model)
+    check_layout.laid_out(dataclasses.replace(model), spec.check.model_sizes).finalize()
     text_identity(spec.dataset)
-    if any(each.step == "train" and each.runs for each in make_plan(spec, CHAIN, store_of(spec))):
+    steps = {each.step for each in make_plan(spec, CHAIN, store_of(spec)) if each.runs}
+    if "train" in steps:
         check_destination(spec)
+    if here and "train" in steps:
+        check_gpus(spec.train.parallel.num_processes, "the sizes of train.parallel", config.mixed_precision)
+    if here and steps & {"check_import", "verify"}:
+        check_gpus(spec.check.num_processes, "the parallel sizes of check")
 
 
 def source_config(spec: ReleaseSpec) -> dict[str, Any]:

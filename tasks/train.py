@@ -77,7 +77,12 @@ def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepCo
 def config(spec: ReleaseSpec, artifacts: Artifacts) -> dict[str, Any]:
     """Return the resolved training config; where things lie does not decide what comes out."""
     resolved = resolved_config(spec.train, read_model(artifacts["import"].payload)).to_dict()
-    return {**resolved, "num_processes": spec.train.parallel.num_processes}
+    parallel = spec.train.parallel
+    return {
+        **resolved,
+        "data_parallel_size": parallel.data_parallel_size,
+        "num_processes": parallel.num_processes,
+    }
 
 
 def resolved_config(train: TrainSpec, model: GPTModelProvider) -> ConfigContainer:

@@ -46,19 +46,58 @@ def test_good_spec_passes_and_writes_nothing(tmp_path, source) -> None:
         ("train.parallel.data_parallel_size=7", "train.global_batch_size 32 is not divisible"),
         ("check.tensor_model_parallel_size=3", "not divisible by tensor_model_parallel_size 3"),
         ("check.pipeline_model_parallel_size=3", "not divisible by the 3 pipeline stages"),
+        ("check.expert_model_parallel_size=2", "expert_model_parallel_size is 2 in a model without experts"),
+        ("train.parallel.expert_model_parallel_size=2", "expert_model_parallel_size is 2 in a model without"),
+        ("train.parallel.expert_tensor_parallel_size=2", "expert_tensor_parallel_size is 2 in a model"),
+        ("train.parallel.context_parallel_size=3", "model.seq_length 512 cannot be shared out with context"),
+        ("train.overrides.mixed_precision=fp16_mixed", "asks for fp16, which needs a GPU, and there is none"),
         ("source.uri=/no/such/folder", "no such folder: /no/such/folder"),
         ("source.uri=ftp://host/model", "unknown kind of address ftp:"),
         ("dataset.inputs=[/no/such/text]", "no such text file or folder: /no/such/text"),
         ("publish.destination=hf://a/b", "cannot be on the hub"),
     ],
 )
-def test_bad_specs(tmp_path, source, change, message) -> None:
+def test_bad_specs(tmp_path, monkeypatch, source, change, message) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(InputError) as error:
         check_spec(spec_in(tmp_path, source, change))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.parallel.data_parallel_size=4", "sizes of train.parallel make 4 ranks, .* has 2"),
+        ("check.tensor_model_parallel_size=4", "parallel sizes of check make 4 ranks, .* has 2"),
+        ("train.overrides.mixed_precision=bf16_with_fp8_blockwise_mixed", "this one has 8.9: choose delayed"),
+    ],
+)
+def test_what_the_gpus_of_this_machine_cannot_do(tmp_path, monkeypatch, source, change, message) -> None:
+    """A plan may be made where the release is not."""
+    fake = tmp_path / "bin/nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho '8.9, GPU-a'\necho '8.9, GPU-b'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake.parent))
+    spec = spec_in(tmp_path, source, change)
+    check_spec(spec, here=False)
+    with pytest.raises(InputError, match=message):
+        check_spec(spec)
+
+
+def test_experts_of_a_source_that_has_them(tmp_path) -> None:
+    experts = make_hf_checkpoint(tmp_path / "experts", "qwen3_moe")
+    spread = ("train.parallel.expert_model_parallel_size=4", "check.expert_model_parallel_size=8")
+    with pytest.raises(InputError, match=r"1 ranks cannot hold experts .* by data_parallel_size or another"):
+        check_spec(spec_in(tmp_path, experts, *spread))
+    check_spec(spec_in(tmp_path, experts, *spread, "train.parallel.data_parallel_size=4"))
+    with pytest.raises(
+        InputError, match="num_moe_experts 8 is not divisible by expert_model_parallel_size 3"
+    ):
+        check_spec(spec_in(tmp_path, experts, "check.expert_model_parallel_size=3"))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def artifacts(tmp_path: Path) -> Artifacts:
     """Sealed artifacts of all steps before publishing, as small as they can be."""
     store = Store(tmp_path / "store")
     splits = {"train": {"documents": 9, "tokens": 12345}}
-    config = ConfigContainer().to_dict()
+    config = {**ConfigContainer().to_dict(), "data_parallel_size": 4, "num_processes": 4}
     source = {"uri": "hf://org/base@" + "c" * 40, "revision": "c" * 40}
 
     def one_file(name: str) -> Any:
@@ -116,6 +116,9 @@ def test_the_model_card(artifacts: Artifacts, tmp_path: Path) -> None:
     assert "| train | 9 | 12,345 |" in card
     assert "| verify.logits: max_abs | 1.5e-05 | 0.0001 |" in card
     assert "| train.train_iters | 0 |" in card
+    assert "| model.context_parallel_size | 1 |" in card
+    assert "| data_parallel_size | 4 |" in card
+    assert "expert_tensor_parallel_size" not in card
     assert "the source's own card" not in card
 
 

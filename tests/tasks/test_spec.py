@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bridge.provider import GPTModelProvider
 from tasks.errors import SpecError
 from tasks.spec import ReleaseSpec, load_spec, parse_spec
 
@@ -42,7 +43,20 @@ def test_overrides(file) -> None:
     )
     assert spec.train.overrides == {"optimizer.lr": 1e-4}
     assert spec.train.parallel.num_processes == 4
+    assert spec.train.parallel.model_sizes["expert_tensor_parallel_size"] is None
     assert spec.publish.alias == "candidate"
+
+
+def test_ranks_of_all_sizes(file) -> None:
+    """Experts lie on the ranks that are there; a check has as few as hold both kinds of layers."""
+    sizes = {"tensor_model": 2, "pipeline_model": 3, "context": 2, "expert_model": 4, "data": 5}
+    given = [f"train.parallel.{name}_parallel_size={size}" for name, size in sizes.items()]
+    checked = {"tensor_model": 2, "pipeline_model": 3, "expert_model": 4}
+    given += [f"check.{name}_parallel_size={size}" for name, size in checked.items()]
+    spec = load_spec(file, given)
+    assert spec.train.parallel.num_processes == 2 * 3 * 2 * 5
+    assert spec.check.num_processes == 3 * 4
+    assert spec.train.parallel.model_sizes.keys() < GPTModelProvider.__dataclass_fields__.keys()
 
 
 def test_yaml_scientific_notation_is_a_number() -> None:
@@ -59,6 +73,8 @@ def test_yaml_scientific_notation_is_a_number() -> None:
         ("check.num_prompts=0", "check.num_prompts is 0: Input should be greater than or equal to 1"),
         ("check.dtype=float8", "check.dtype is \"float8\": Input should be 'float32' or 'bfloat16'"),
         ("train.overrides.model.tensor_model_parallel_size=2", "is set by train.parallel.tensor_model"),
+        ("train.overrides.model.expert_tensor_parallel_size=2", "is set by train.parallel.expert_tensor"),
+        ("train.parallel.context_parallel_size=0", "train.parallel.context_parallel_size is 0"),
         ("publish.alias=latest", "choose another alias"),
         ("name=A B", 'name is "A B"'),
         ("name.first=x", "'name' is a value, not a section"),

@@ -1,0 +1,71 @@
+"""Options that several commands have, and the long ones of `compare` and `train`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RECIPES_OWN = "the recipe's"
+
+
+class Gate(StrEnum):
+    """The gates of `compare`."""
+
+    CONFIG = "config"
+    TENSORS = "tensors"
+    LOGITS = "logits"
+
+
+def size(option: str, most: int, help: str, **more: Any) -> Any:
+    """Return the option for a parallel size of 1 to `most`."""
+    return typer.Option(option, min=1, max=most, help=help, **more)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead, for scripts.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change one setting, by dotted name; may be repeated."),
+]
+
+# of a checkpoint's end in `compare`
+Tensor = Annotated[int, size("--tp", 64, "Ranks that share each layer.")]
+Pipeline = Annotated[int, size("--pp", 256, "Stages that share the layers.")]
+Expert = Annotated[int, size("--ep", 1024, "Ranks that share the experts.")]
+
+# of a training job
+TrainTensor = Annotated[
+    int | None,
+    size("--tp", 64, "Ranks that share each layer (tensor parallel).", show_default=RECIPES_OWN),
+]
+TrainPipeline = Annotated[
+    int | None, size("--pp", 256, "Stages that share the layers (pipeline).", show_default=RECIPES_OWN)
+]
+TrainContext = Annotated[
+    int | None, size("--cp", 64, "Ranks that share each sequence (context).", show_default=RECIPES_OWN)
+]
+TrainExpert = Annotated[
+    int | None,
+    size(
+        "--ep",
+        1024,
+        "Ranks that share the experts, of those that --tp, --cp and --dp make.",
+        show_default=RECIPES_OWN,
+    ),
+]
+TrainExpertTensor = Annotated[
+    int | None,
+    size("--etp", 64, "Ranks that share each expert.", show_default="the recipe's, or as --tp"),
+]
+TrainData = Annotated[int, size("--dp", 4096, "Copies of the model: ranks are TP x PP x CP x DP.")]
+
+TrainDataset = Annotated[
+    Path | None,
+    typer.Option(
+        help='What `data build` made; several by --set \'dataset.blend=[0.7,"a",0.3,"b"]\'.'
+        " Without any, the recipes for pretraining read made-up sequences."
+    ),
+]
+MaxRestarts = Annotated[
+    int, typer.Option(min=0, help="Restarts after crashes in a row that bring no new checkpoint.")
+]
