@@ -7,7 +7,7 @@ from bridge.errors import ConfigError
 from training import blend
 
 if TYPE_CHECKING:
-    from training.config import ConfigContainer
+    from training.config import ConfigContainer, OptimizerConfig
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 FAULT_POLICIES = {"on_nan": ("stop", "skip"), "on_spike": ("stop", "skip", "ignore")}
@@ -113,11 +113,26 @@ def check_optimizer(config: "ConfigContainer") -> None:
             raise ConfigError(f"optimizer.{name} is {value!r}: allowed are {', '.join(allowed)}")
         if value != "float32" and not optimizer.use_precision_aware_optimizer:
             raise ConfigError(f"optimizer.{name} {value} needs optimizer.use_precision_aware_optimizer")
-    if optimizer.optimizer_cpu_offload and not 0 < optimizer.optimizer_offload_fraction <= 1:
+    if optimizer.optimizer_cpu_offload:
+        check_optimizer_offload(optimizer)
+
+
+def check_optimizer_offload(optimizer: "OptimizerConfig") -> None:
+    fraction = optimizer.optimizer_offload_fraction
+    if not 0 < fraction <= 1:
         raise ConfigError(
-            f"optimizer.optimizer_offload_fraction is {optimizer.optimizer_offload_fraction}:"
-            " give more than 0 and at most 1"
+            f"optimizer.optimizer_offload_fraction is {fraction}: give more than 0 and at most 1"
         )
+    # Megatron Core's HybridDeviceOptimizer has no checkpoint without it, and computes in fp32
+    if not optimizer.use_precision_aware_optimizer:
+        raise ConfigError(
+            "optimizer.optimizer_cpu_offload needs optimizer.use_precision_aware_optimizer: set it to true"
+        )
+    for name in ("main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        if getattr(optimizer, name) != "float32":
+            raise ConfigError(
+                f"optimizer.optimizer_cpu_offload keeps the optimizer in float32: leave out optimizer.{name}"
+            )
 
 
 def check_overlap(config: "ConfigContainer") -> None:

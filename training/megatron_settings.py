@@ -82,6 +82,8 @@ def optimizer_settings(config: ConfigContainer) -> OptimizerConfig:
         params_dtype=getattr(torch, precision.params_dtype),
         use_distributed_optimizer=True,
         overlap_param_gather=config.ddp.overlap_param_gather,
+        # of a master weight the lower 16 bits alone would be kept, which no other layout could load
+        store_param_remainders=False,
     )
 
 

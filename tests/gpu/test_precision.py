@@ -61,7 +61,8 @@ def check_tensorboard(folder: Path) -> None:
         *[(name, {}) for name in FP8.values()],
         (FP8["delayed"], {"fp8_param": True}),
         (FP8["tensorwise"], {"fp8_param": True}),
-        ("fp16_mixed", {"initial_loss_scale": 2.0**16}),
+        # times the tokens of a micro-batch, over which the loss is summed: the largest without an overflow
+        ("fp16_mixed", {"initial_loss_scale": 2.0**9}),
     ],
 )
 def test_a_run_resumes_near_bf16(name, changes, small_model, bf16, tmp_path):  # noqa: F811
@@ -80,6 +81,15 @@ def test_a_run_resumes_near_bf16(name, changes, small_model, bf16, tmp_path):  #
                 tensor = tensors.get_tensor(key)
                 assert tensor.dtype in (torch.bfloat16, torch.float16), key
                 assert tensor.isfinite().all(), key
+
+
+def test_the_loss_scale_falls_and_is_kept(small_model, tmp_path):  # noqa: F811
+    for part, iterations in (("a", 8), ("b", 10)):
+        job = precise_job(small_model, tmp_path, iterations, "fp16_mixed", initial_loss_scale=2.0**12)
+        run_job("training.pretrain", job, tmp_path / part)
+    scales = curve(tmp_path, "loss_scale")
+    print(scales)
+    assert scales[10] == scales[9] == scales[8] < 2.0**12
 
 
 def test_delayed_scaling_goes_on_where_it_was(small_model, tmp_path):  # noqa: F811

@@ -84,6 +84,16 @@ def test_unknown_names_are_refused(value, message):
         ({"mixed_precision.fp16": True}, 1, "both true"),
         ({"optimizer.exp_avg_dtype": "int8"}, 1, "allowed are float32, float16"),
         ({"optimizer.exp_avg_dtype": "bfloat16"}, 1, "needs optimizer.use_precision_aware_optimizer"),
+        ({"optimizer.optimizer_cpu_offload": True}, 1, "needs optimizer.use_precision_aware_optimizer"),
+        (
+            {
+                "optimizer.optimizer_cpu_offload": True,
+                "optimizer.use_precision_aware_optimizer": True,
+                "optimizer.exp_avg_dtype": "bfloat16",
+            },
+            1,
+            "keeps the optimizer in float32: leave out optimizer.exp_avg_dtype",
+        ),
         ({"comm_overlap.tp_comm_overlap": True}, 1, "hides the messages of sequence parallelism"),
         ({"comm_overlap.defer_embedding_wgrad_compute": True}, 1, "needs pipeline_model_parallel_size > 1"),
         ({"ddp.overlap_grad_reduce": False}, 1, "overlap_param_gather needs ddp.overlap_grad_reduce"),
