@@ -206,8 +206,11 @@ def _result(module: str, exit_code: int, report: Path, log: Path, tail: list[str
         error = value["error"]
         if error["exit_code"] == InputError.exit_code:
             raise InputError(error["message"])
-        kind = JobError if error.get("verdict") else JobCrashedError
-        raise kind(f"{module} failed with {error['type']}: {error['message']} (log: {log})")
+        message = f"{module} failed with {error['type']}: {error['message']} (log: {log})"
+        if error.get("verdict"):
+            raise JobError(message)
+        # torchrun's last words name the process that ended first, from which a rank's error may only follow
+        raise JobCrashedError("\n".join([f"{message}; its last lines:", *tail]))
     if value is not None and value.get("stopped"):
         raise JobStoppedError(
             f"{module} was told to stop and has saved; start it again to go on (log: {log})"

@@ -5,6 +5,7 @@ its own rank moves, and publishes that in a file; ranks that are stopped, or who
 interpreter, are told by files that are no longer written.
 """
 
+import ctypes
 import faulthandler
 import os
 import shutil
@@ -26,6 +27,7 @@ from bridge.job import write_json
 from training.heartbeat import (
     Heart,
     Heartbeat,
+    asked_stack_file,
     guilty,
     heartbeat_file,
     publish,
@@ -34,11 +36,14 @@ from training.heartbeat import (
 )
 
 HEARTBEATS = "heartbeats"
-MARKER = "hang"
+MARKER, ACCUSER = "hang", "accuser"
 EXIT_CODE = 1
 LONGEST_INTERVAL = 5.0  # seconds
 MOMENT = 2.0  # seconds for what other ranks have to write
 STACK_LINES = 60
+STACK_SIGNAL = signal.SIGUSR2
+
+_libc = ctypes.CDLL(None)
 
 
 class HangWatch:
@@ -62,6 +67,8 @@ class HangWatch:
             self.folder.mkdir(parents=True)
         torch.distributed.barrier()
         self.stacks = stacks_file(self.folder, self.rank).open("w")
+        self.asked_stack = asked_stack_file(self.folder, self.rank).open("w")
+        faulthandler.register(STACK_SIGNAL, file=self.asked_stack, all_threads=False)
         self.thread.start()
         return self
 
@@ -74,10 +81,12 @@ class HangWatch:
         self.has_ended.set()
         self.thread.join()
         faulthandler.cancel_dump_traceback_later()
+        faulthandler.unregister(STACK_SIGNAL)
         self.stacks.close()
+        self.asked_stack.close()
         if error is None:
-            heartbeat_file(self.folder, self.rank).unlink(missing_ok=True)
-            stacks_file(self.folder, self.rank).unlink(missing_ok=True)
+            for file in (heartbeat_file, stacks_file, asked_stack_file):
+                file(self.folder, self.rank).unlink(missing_ok=True)
             with suppress(OSError):  # other ranks' files are still there
                 self.folder.rmdir()
 
@@ -121,8 +130,12 @@ class HangWatch:
         publish(self.folder, self.rank, self.heart, hangs=True)
         self.wait_for_stacks()
         beats = read_heartbeats(self.folder, self.ranks)
-        if self.rank == min(beat.rank for beat in beats if self.is_alive(beat)):
-            self.accuse(guilty(beats, self.alive_after()), idle)
+        first = min(beat.rank for beat in beats if self.is_alive(beat))
+        if self.rank == first and self.is_only_accuser():
+            blamed = guilty(beats, self.alive_after())
+            if self.is_here(blamed) and not self.is_alive(blamed):
+                self.ask_for_stack(blamed)
+            self.accuse(blamed, idle)
             time.sleep(self.interval)
             self.kill_the_dead(beats)
         else:
@@ -151,10 +164,36 @@ class HangWatch:
         while not condition() and time.monotonic() < deadline:
             time.sleep(min(self.interval, 0.05))
 
+    def is_only_accuser(self) -> bool:
+        """Say whether no other rank accuses: one that was stopped may go on meanwhile."""
+        try:
+            (self.folder / ACCUSER).open("x").close()
+        except FileExistsError:
+            return False
+        return True
+
+    def is_here(self, beat: Heartbeat) -> bool:
+        """Say whether a rank is a process of this node that the same agent started."""
+        return beat.host == socket.gethostname() and beat.parent == os.getppid()
+
+    def ask_for_stack(self, beat: Heartbeat) -> None:
+        """Let a rank of this node that is stopped go on for the moment in which it writes where it is."""
+        file = asked_stack_file(self.folder, beat.rank)
+        # to its main thread, which answers before it does anything else
+        if sys.platform == "linux" and _libc.tgkill(beat.pid, beat.pid, int(STACK_SIGNAL)) == 0:
+            with suppress(ProcessLookupError):
+                os.kill(beat.pid, signal.SIGCONT)
+                self.wait_until(lambda: file.stat().st_size > 0, MOMENT)
+                os.kill(beat.pid, signal.SIGSTOP)
+
+    def stack_of(self, beat: Heartbeat) -> str:
+        """Return what a rank last wrote of where it is; nothing if it never could."""
+        files = [file(self.folder, beat.rank) for file in (asked_stack_file, stacks_file)]
+        found = [text for file in files if file.is_file() and (text := file.read_text())]
+        return "\n".join(found[0].splitlines()[:STACK_LINES]) if found else ""
+
     def accuse(self, beat: Heartbeat, idle: float) -> None:
         """Write the report: who is to blame, where it is and its stack."""
-        file = stacks_file(self.folder, beat.rank)
-        stack = "\n".join(file.read_text().splitlines()[:STACK_LINES]) if file.is_file() else ""
         message = (
             f"rank {beat.rank} (process {beat.pid} on {beat.host}) {self.symptom(beat)}; rank {self.rank} has"
             f" not moved for {idle:.1f} s, and resilience.hang_timeout is {self.timeout:g}; stacks of all"
@@ -162,7 +201,7 @@ class HangWatch:
         )
         error = {
             "type": "HangError",
-            "message": f"{message}\n{stack}".rstrip(),
+            "message": f"{message}\n{self.stack_of(beat)}".rstrip(),
             "exit_code": EXIT_CODE,
             "verdict": False,
             "rank": beat.rank,
@@ -183,7 +222,6 @@ class HangWatch:
     def kill_the_dead(self, beats: list[Heartbeat]) -> None:
         """End ranks of this node that cannot end themselves, for which torchrun would wait half a minute."""
         for beat in beats:
-            here = beat.host == socket.gethostname() and beat.parent == os.getppid()
-            if here and not self.is_alive(beat):
+            if self.is_here(beat) and not self.is_alive(beat):
                 with suppress(ProcessLookupError):
                     os.kill(beat.pid, signal.SIGKILL)

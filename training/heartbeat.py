@@ -107,6 +107,11 @@ def stacks_file(folder: Path, rank: int) -> Path:
     return folder / f"rank{rank}.stacks.txt"
 
 
+def asked_stack_file(folder: Path, rank: int) -> Path:
+    """Return the file for the stack of a rank's main thread, when another rank asks for it."""
+    return folder / f"rank{rank}.asked_stack.txt"
+
+
 def guilty(heartbeats: list[Heartbeat], alive_after: float) -> Heartbeat:
     """Return the rank that the others most likely wait for.
 
