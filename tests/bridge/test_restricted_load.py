@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from bridge import distributed, restricted_load
 from bridge.errors import CheckpointError
 from bridge.importer import import_checkpoint
-from bridge.live_checkpoint import load_checkpoint, save_checkpoint
+from bridge.live_checkpoint import load_checkpoint, model_state, save_checkpoint
 from bridge.live_weights import export_hf_weights
 from bridge.megatron_checkpoint import read_model
 from bridge.provider import GPTModelProvider
@@ -85,7 +85,7 @@ def in_tensor(folder: Path, code: Touch) -> None:
     redirect(folder, "final_layernorm", code)
 
 
-@pytest.mark.parametrize("plant", [in_metadata, in_common, in_tensor])
+@pytest.mark.parametrize("plant", [in_metadata, in_tensor])
 def test_code_in_a_checkpoint_does_not_run(
     plant: Callable[[Path, Touch], None], imported: Path, tmp_path: Path
 ) -> None:
@@ -94,6 +94,17 @@ def test_code_in_a_checkpoint_does_not_run(
     _, model = built(folder)
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(model, folder)
+    assert "\n" not in str(caught.value)
+    assert not trace.exists()
+
+
+def test_code_in_the_common_state_does_not_run(imported: Path, tmp_path: Path) -> None:
+    folder, trace = copy_checkpoint(imported, tmp_path / "checkpoint"), tmp_path / "it_ran"
+    in_common(folder, Touch(trace))
+    _, model = built(folder)
+    load_checkpoint(model, folder)  # which needs none of it
+    with pytest.raises(CheckpointError, match="cannot be loaded: Weights only") as caught:
+        restricted_load.load(model_state(model), folder)
     assert "\n" not in str(caught.value)
     assert not trace.exists()
 
