@@ -10,11 +10,20 @@ import typer
 from bridge.errors import BridgeworksError
 from flows import audit, data
 from flows.options import (
+    CompareConfigFrom,
+    CompareDtypes,
+    CompareFamily,
     Expert,
     Gate,
     Json,
     MaxRestarts,
+    NumPrompts,
+    Only,
+    Picture,
     Pipeline,
+    PromptLength,
+    Prompts,
+    Report,
     Set,
     Tensor,
     TrainContext,
@@ -203,24 +212,15 @@ def compare(
     tp: Tensor = 1,
     pp: Pipeline = 1,
     ep: Expert = 1,
-    dtype: Annotated[
-        list[str] | None,
-        typer.Option(help="float32 (default) or bfloat16; the thresholds follow from it. May be repeated."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="A .json file of lists of token ids, or a text file with a prompt a line."),
-    ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Random prompts, without --prompts.")] = 4,
-    prompt_length: Annotated[int, typer.Option(min=2, help="Tokens of each random prompt.")] = 64,
-    only: Annotated[Gate | None, typer.Option(help="Leave out the other gates.")] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(help="Write the verdicts to this .json file, or with all tables to this folder."),
-    ] = None,
-    picture: Annotated[
-        Path | None, typer.Option(help="Draw the differences by position and by layer to this PNG.")
-    ] = None,
+    dtype: CompareDtypes = None,
+    prompts: Prompts = None,
+    num_prompts: NumPrompts = 4,
+    prompt_length: PromptLength = 64,
+    only: Only = None,
+    config_from: CompareConfigFrom = None,
+    family: CompareFamily = None,
+    report: Report = None,
+    picture: Picture = None,
     json: Json = False,
 ) -> None:
     """Compare two checkpoints: every setting, every tensor bit for bit, logits and hidden states.
@@ -232,19 +232,14 @@ def compare(
     """
     from flows import compare as comparison
 
-    sizes = {"tensor": tp, "pipeline": pp, "expert": ep}
-    settings = {
-        **{f"{kind}_model_parallel_size": size for kind, size in sizes.items()},
-        "prompts_file": str(prompts.absolute()) if prompts else None,
-        "num_prompts": num_prompts,
-        "prompt_length": prompt_length,
-    }
     comparison.compare(
         a,
         b,
-        settings,
+        comparison.settings_of(tp, pp, ep, prompts, num_prompts, prompt_length),
         dtypes=dtype or ["float32"],
         gates={only} if only else set(Gate),
+        config_from=config_from,
+        family=family,
         report=report,
         picture=picture,
         as_json=json,

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from bridge import check_layout
-from bridge.ends import GivenModel, given_for, is_described
+from bridge.ends import GivenModel, describe, given_for, is_described
 from bridge.errors import InputError
 from bridge.gates import check_dtype, place_of
 from bridge.hf_checkpoint import HfCheckpoint
@@ -26,7 +26,20 @@ from tasks.gates import (
     gate_rows,
     measure_logits,
 )
+from tasks.gpus import check_gpus
 from tasks.launch import launch
+
+
+def settings_of(
+    tensor: int, pipeline: int, expert: int, prompts: Path | None, num_prompts: int, prompt_length: int
+) -> dict[str, Any]:
+    """Return what the job of `bridge.compare_logits` is told of layout and prompts."""
+    return {
+        **dict(zip(check_layout.SIZES, (tensor, pipeline, expert), strict=True)),
+        "prompts_file": str(prompts.absolute()) if prompts else None,
+        "num_prompts": num_prompts,
+        "prompt_length": prompt_length,
+    }
 
 
 def compare(
@@ -52,18 +65,15 @@ def compare(
     for end in (a, b):
         check_end(end)
     given = given_for(a, b, config_from.absolute() if config_from else None, family)
+    if "logits" in gates:
+        check_sizes((a, b), settings, given)
     with tempfile.TemporaryDirectory(prefix="bridgeworks-compare-") as temporary:
-        folder = Path(temporary)
-        verdicts = judge(a, b, settings, dtypes, gates, folder, given)
-        result = {
-            "passed": all(each["passed"] for each in verdicts),
-            "a": str(a),
-            "b": str(b),
-            "gates": verdicts,
-        }
-        keep(result, folder, dtypes, report, picture)
+        verdicts = judge(a, b, settings, dtypes, gates, Path(temporary), given)
+        passed = all(each["passed"] for each in verdicts)
+        result = {"passed": passed, "a": str(a), "b": str(b), "gates": verdicts}
+        keep(result, Path(temporary), dtypes, report, picture)
     show(result, as_json)
-    if not result["passed"]:
+    if not passed:
         raise typer.Exit(1)
 
 
@@ -112,6 +122,15 @@ def check_end(end: Path) -> None:
         HfCheckpoint.open(end)
     elif is_described(end):
         MegatronCheckpoint.open(end)
+
+
+def check_sizes(ends: tuple[Path, Path], settings: dict[str, Any], given: GivenModel) -> None:
+    """Refuse a layout that a Megatron end cannot have, before a job is started."""
+    for end in filter(is_megatron_checkpoint, ends):
+        # contradictions to another folder are for the gates to tell
+        described = end if is_described(end) else given.config_from or end
+        check_layout.laid_out(describe(described, given), settings).finalize()
+    check_gpus(check_layout.num_ranks(settings), "--tp, --pp and --ep")
 
 
 def keep(

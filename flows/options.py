@@ -28,10 +28,39 @@ Set = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="Change one setting, by dotted name; may be repeated."),
 ]
 
-# of a checkpoint's end in `compare`
-Tensor = Annotated[int, size("--tp", 64, "Ranks that share each layer.")]
-Pipeline = Annotated[int, size("--pp", 256, "Stages that share the layers.")]
-Expert = Annotated[int, size("--ep", 1024, "Ranks that share the experts.")]
+# of `compare`: how a Megatron end is laid out, what both ends are asked, what is kept
+Tensor = Annotated[int, size("--tp", 64, "Ranks that share each layer of a Megatron end.")]
+Pipeline = Annotated[int, size("--pp", 256, "Stages that share its layers.")]
+Expert = Annotated[int, size("--ep", 1024, "Ranks that share its experts.")]
+CompareDtypes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--dtype", help="float32 (default) or bfloat16; the thresholds follow from it. May be repeated."
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="A .json file of lists of token ids, or a text file with a prompt a line."),
+]
+NumPrompts = Annotated[int, typer.Option(min=1, help="Random prompts, without --prompts.")]
+PromptLength = Annotated[int, typer.Option(min=2, help="Tokens of each random prompt.")]
+Only = Annotated[Gate | None, typer.Option(help="Leave out the other gates.")]
+CompareConfigFrom = Annotated[
+    Path | None,
+    typer.Option(
+        help="A folder that describes the model of ends of Megatron-LM.", show_default="the other end"
+    ),
+]
+CompareFamily = Annotated[
+    str | None, typer.Option(help="Or their model_type: their arguments describe the rest.")
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(help="Write the verdicts to this .json file, or with all tables to this folder."),
+]
+Picture = Annotated[
+    Path | None, typer.Option(help="Draw the differences by position and by layer to this PNG.")
+]
 
 # of a training job
 TrainTensor = Annotated[

@@ -138,6 +138,16 @@ def test_compare(hf: Path, tmp_path: Path) -> None:
     assert gates == {"coverage_a": True, "coverage_b": True, "tensors": False}
 
 
+def test_compare_refuses_a_layout_before_any_process_starts(hf: Path, tmp_path: Path) -> None:
+    run("import", hf, tmp_path / "megatron")
+    for option, message in (
+        (("--tp", 3), "not divisible by tensor_model_parallel_size 3"),
+        (("--pp", 3), "not divisible by the 3 pipeline stages"),
+        (("--ep", 2), "model.expert_model_parallel_size is 2 in a model without experts"),
+    ):
+        check_refused(run("compare", hf, tmp_path / "megatron", *option), message)
+
+
 def test_compare_says_where_two_ends_part(hf: Path, tmp_path: Path) -> None:
     """Another rope base: every tensor is the same, the first layer is not."""
     other = copy_checkpoint(hf, tmp_path / "other")
@@ -226,6 +236,18 @@ def test_plan_says_what_would_run_and_why(spec_file: Path) -> None:
     steps = json.loads(run("plan", spec_file, "--json").stdout)
     assert steps[0]["step"] == "fetch"
     assert {step["action"] for step in steps} == {"run"}
+    spread = ("train.parallel.context_parallel_size=2", "train.parallel.data_parallel_size=4")
+    changes = [
+        text for change in (*spread, "check.tensor_model_parallel_size=2") for text in ("--set", change)
+    ]
+    layouts = {
+        row["step"]: row["parallel"] for row in json.loads(run("plan", spec_file, *changes, "--json").stdout)
+    }
+    assert layouts["train"]["num_processes"] == 8
+    assert layouts["train"]["context_parallel_size"] == 2
+    assert layouts["verify"]["num_processes"] == 2
+    assert layouts["export"] is None
+    assert "8: context 2, data 4" in run("plan", spec_file, *changes).stdout
     assert "not built yet" in run("plan", spec_file).stdout
     assert not spec_file.with_name("work").exists()
 
