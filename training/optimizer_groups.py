@@ -44,10 +44,13 @@ def fit_one(part: dict[Any, Any], saved: list[dict[str, Any]], current: dict[str
 
 
 def find(wanted: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the saved group of the same kind: of experts or not too if there are both."""
+    """Return the saved group of the same kind: of experts or not too if there are both.
+
+    What is no data, and so was not saved, is that of the group that there is now.
+    """
     same = [group for group in groups if kind(group) == kind(wanted)]
     exact = [group for group in same if group[EXPERTS] == wanted[EXPERTS]]
-    return {**(exact or same)[0], EXPERTS: wanted[EXPERTS]}
+    return {**wanted, **(exact or same)[0], EXPERTS: wanted[EXPERTS]}
 
 
 def kind(group: dict[str, Any]) -> tuple[Any, ...]:

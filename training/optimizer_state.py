@@ -47,7 +47,18 @@ def state_of_one(optimizer: DistributedOptimizer, parameters: dict[Any, Any]) ->
         name: list(parts_of(optimizer, parameter, begin, parameters[parameter]))
         for name, parameter, begin in stretches(optimizer)
     }
-    return {**optimizer.state_dict(), "param_state": tensors, "param_state_sharding_type": SHARDING}
+    state = optimizer.state_dict()
+    return {
+        **state,
+        "optimizer": {**state["optimizer"], "param_groups": settings_of(state["optimizer"]["param_groups"])},
+        "param_state": tensors,
+        "param_state_sharding_type": SHARDING,
+    }
+
+
+def settings_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out the classes that an optimizer on the host has among its settings: no data, and not loaded."""
+    return [{name: value for name, value in group.items() if not isinstance(value, type)} for group in groups]
 
 
 def stretches(optimizer: DistributedOptimizer) -> Iterator[tuple[str, torch.Tensor, int]]:

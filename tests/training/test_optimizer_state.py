@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from training.optimizer_state import boxes
+from training.optimizer_state import boxes, settings_of
 
 SHAPES = [(7,), (4, 5), (3, 4, 5), (2, 1, 3)]
 
@@ -23,3 +23,8 @@ def test_boxes_are_the_stretch_in_its_order(shape):
 def test_whole_rows_are_one_box():
     assert list(boxes((4, 5), 5, 20)) == [((1, 0), (3, 5))]
     assert list(boxes((4, 5), 3, 18)) == [((0, 3), (1, 2)), ((1, 0), (2, 5)), ((3, 0), (1, 3))]
+
+
+def test_classes_among_the_settings_are_not_saved():
+    group = {"lr": 0.1, "cpu_optimizer_cls": torch.optim.AdamW, "betas": (0.9, 0.95), "params": [0]}
+    assert settings_of([group]) == [{"lr": 0.1, "betas": (0.9, 0.95), "params": [0]}]
