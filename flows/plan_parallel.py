@@ -1,11 +1,13 @@
 """`bridgeworks plan-parallel`: which parallel layout suits a model and some GPUs, and why."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from bridge.hf_checkpoint import read_config
 from flows.console import print_json, print_table
+from recipes.continued_pretraining import continued_pretrain_config
 from recipes.pretraining import pretrain_config
 from recipes.registry import recipe_named
 from training.config import ConfigContainer
@@ -13,20 +15,40 @@ from training.overrides import apply_overrides
 from training.parallel_plan import USABLE, ParallelPlan, gpu_named, plan_parallel, plan_rows
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits")
+# the sizes that `bridgeworks train` has options for, and what else a plan decides
+OPTIONS = {
+    "model.tensor_model_parallel_size": "--tp",
+    "model.pipeline_model_parallel_size": "--pp",
+    "model.context_parallel_size": "--cp",
+    "model.expert_model_parallel_size": "--ep",
+    "model.expert_tensor_parallel_size": "--etp",
+}
+SETTINGS = (
+    "model.sequence_parallel",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.account_for_embedding_in_pipeline_split",
+    "model.account_for_loss_in_pipeline_split",
+    "model.recompute_granularity",
+    "model.recompute_method",
+    "model.recompute_num_layers",
+    "train.micro_batch_size",
+)
+# what the estimate was made for, and a training run might have otherwise
+ASSUMED = ("model.seq_length", "train.global_batch_size")
 
 
 def show_plan(model: str, num_gpus: int, gpu: str, changes: list[str], *, as_json: bool) -> None:
     """Print the estimates of the layouts of a recipe's model, or of that in a Hugging Face folder."""
     config = apply_overrides(config_of(model), changes)
     plan = plan_parallel(config, num_gpus, gpu_named(gpu))
-    rows, chosen = plan_rows(plan), settings_of(plan.best.layout.apply(config))
+    rows, best = plan_rows(plan), plan.best.layout.apply(config)
+    command = train_command(model, best, num_gpus, changes)
     if as_json:
-        print_json({"settings": chosen, "layouts": rows})
+        settings = {name: value_of(best, name) for name in (*OPTIONS, *SETTINGS)}
+        print_json({"settings": settings, "layouts": rows, "command": command})
         return
     print_rows(model, config, plan, rows)
-    present = settings_of(config)
-    changed = {name: json.dumps(value) for name, value in chosen.items() if value != present[name]}
-    print(" ".join(f"--set {name}={value}" for name, value in changed.items()) or "the layout it has already")
+    print(f"\nTo train in the chosen layout:\n{command} --output RUN")
 
 
 def config_of(model: str) -> ConfigContainer:
@@ -36,24 +58,27 @@ def config_of(model: str) -> ConfigContainer:
     return recipe_named(model)()
 
 
-def settings_of(config: ConfigContainer) -> dict[str, Any]:
-    """Return the settings of a layout by dotted name."""
-    names = (
-        "tensor_model_parallel_size",
-        "sequence_parallel",
-        "pipeline_model_parallel_size",
-        "virtual_pipeline_model_parallel_size",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-        "expert_tensor_parallel_size",
-        "account_for_embedding_in_pipeline_split",
-        "account_for_loss_in_pipeline_split",
-        "recompute_granularity",
-        "recompute_method",
-        "recompute_num_layers",
-    )
-    values = {f"model.{name}": getattr(config.model, name) for name in names}
-    return {**values, "train.micro_batch_size": config.train.micro_batch_size}
+def train_command(model: str, best: ConfigContainer, num_gpus: int, changes: list[str]) -> str:
+    """Return the command that trains in the layout of `best`, with the changes that it was planned for."""
+    folder = Path(model).is_dir()
+    recipe = continued_pretrain_config() if folder else recipe_named(model)()
+    words = [continued_pretrain_config.__name__, "--load", model] if folder else [model]
+    for name, option in OPTIONS.items():
+        if option not in ("--ep", "--etp") or best.model.num_moe_experts:
+            size = best.model.expert_tensor_size if option == "--etp" else value_of(best, name)
+            words += [option, str(size)]
+    words += ["--dp", str(best.data_parallel_size(num_gpus))]
+    decided = [name for name in (*SETTINGS, *ASSUMED) if value_of(best, name) != value_of(recipe, name)]
+    kept = [change for change in changes if change.partition("=")[0] not in (*OPTIONS, *SETTINGS, *ASSUMED)]
+    for change in (*kept, *(f"{name}={json.dumps(value_of(best, name))}" for name in decided)):
+        words += ["--set", change]
+    return f"bridgeworks train {shlex.join(words)}"
+
+
+def value_of(config: ConfigContainer, name: str) -> Any:
+    """Return a setting by its dotted name."""
+    section, _, field = name.partition(".")
+    return getattr(getattr(config, section), field)
 
 
 def print_rows(model: str, config: ConfigContainer, plan: ParallelPlan, rows: list[dict[str, Any]]) -> None:

@@ -282,9 +282,14 @@ def plan_rows(plan: ParallelPlan, count: int = 8) -> list[dict[str, Any]]:
             "verdict": verdict,
             "memory_gib": round(each.memory.total / 2**30, 1),
             **{f"{f.name}_gib": round(getattr(each.memory, f.name) / 2**30, 1) for f in fields(RankMemory)},
-            "seconds": round(each.total_seconds, 3),
+            "seconds": _rounded(each.total_seconds),
             "tokens_per_second_per_gpu": round(plan.tokens_per_second(each)),
-            "spent_on": {name: round(value, 3) for name, value in each.seconds.items() if value > 0},
+            "spent_on": {name: _rounded(value) for name, value in each.seconds.items() if value > 0},
         }
         for each, verdict in shown
     ]
+
+
+def _rounded(seconds: float) -> float:
+    """Keep four digits, also of the microseconds that a tiny model takes."""
+    return float(f"{seconds:.4g}")

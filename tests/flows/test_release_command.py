@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
 import pytest
+from checkpoints import make_hf_checkpoint
 from mlflow import MlflowClient
-from small_release import OVERRIDES, SECRETS, run
+from small_release import OVERRIDES, SECRETS, run, write_spec
 
 from tasks.chain import CHAIN
 
@@ -110,3 +112,28 @@ def test_train_export_and_compare_by_hand(small_release: Path, tmp_path: Path) -
     assert exported.returncode == 0, exported.stderr
     compared = run("compare", tmp_path / "hf", summary["checkpoints"], "--pp", 2)
     assert compared.returncode == 0, compared.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_release_of_experts_that_every_job_spreads(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path)
+    source = make_hf_checkpoint(tmp_path / "experts", "qwen3_moe", vocab_size=280, num_hidden_layers=2)
+    for file in tmp_path.glob("source/tokenizer*"):
+        shutil.copy(file, source)
+    changes = (
+        "source.uri=" + str(source),
+        "train.overrides.model.sequence_parallel=true",
+        "train.parallel.tensor_model_parallel_size=2",
+        "train.parallel.expert_model_parallel_size=2",
+        "train.parallel.expert_tensor_parallel_size=1",
+        "check.expert_model_parallel_size=2",
+    )
+    options = [text for change in changes for text in ("--set", change)]
+    made = run("release", spec, *options, PREFECT_HOME=str(tmp_path / "prefect"), CUDA_VISIBLE_DEVICES="")
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert "2: tensor 2, expert 2" in made.stdout
+    config = json.loads((release_of(spec) / "release.json").read_text())["training_config"]
+    assert (config["num_processes"], config["data_parallel_size"]) == (2, 1)
+    assert config["model"]["expert_model_parallel_size"] == 2
+    assert "| model.expert_tensor_parallel_size | 1 |" in (release_of(spec) / "README.md").read_text()
