@@ -13,10 +13,10 @@ export UV_COMPILE_BYTECODE := 1
 export UV_LINK_MODE := copy
 export DO_NOT_TRACK := 1
 
-.PHONY: help demo test test-slow bench-convert bench-live check lock clean
+.PHONY: help demo test test-slow bench-convert bench-live bench-data bench-checkpoints check lock clean
 
 help:                   ## show the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 demo: $(ENVIRONMENT)    ## run the main job on a small model: fetch, import, train, verify, export, publish
 	$(RUN)/bridgeworks demo
@@ -32,6 +32,17 @@ bench-convert: $(ENVIRONMENT)  ## measure conversions of a model of 3 GB against
 
 bench-live: $(ENVIRONMENT)  ## measure loading and exporting of live models against the ordinary ways
 	$(RUN)/python -W ignore -m bridge.benchmark_live
+
+bench-data: $(ENVIRONMENT)  ## measure building datasets of tokens against a plain loop
+	$(RUN)/python -m training.benchmark_data $(ARGUMENTS)
+
+# without ARGUMENTS, a model of 82 million parameters
+bench-checkpoints: ARGUMENTS ?= recipes.llama:llama32_1b_pretrain_config --layers 4 --seq-length 64 \
+	--micro-batch-size 1 --global-batch-size 1 --steps 3 --warmup 1 model.hidden_size=768 \
+	model.ffn_hidden_size=3072 model.num_attention_heads=12 model.num_query_groups=12 model.kv_channels=64 \
+	model.vocab_size=32000
+bench-checkpoints: $(ENVIRONMENT)  ## measure how long saving holds training up, asynchronously and not
+	$(RUN)/python -W ignore -m training.benchmark_checkpoints $(ARGUMENTS)
 
 check: $(ENVIRONMENT)   ## format, lint, import contracts, types
 	$(RUN)/ruff format --check .

@@ -1,14 +1,16 @@
 """Speed of `bridgeworks data build`, measured against a plain loop with Megatron's own builder.
 
-    python -m training.benchmark_data TOKENIZER INPUT... [--megabytes 20] [--workers 1 2]
+    python -m training.benchmark_data [TOKENIZER INPUT...] [--megabytes 20] [--workers 1 2]
 
-The last line of output is one JSON document.
+Without arguments the text is the source of Python's standard library, and the tokenizer one that is trained
+on it first. The last line of output is one JSON document.
 """
 
 import argparse
 import json
 import os
 import resource
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from training.corpus import Corpus
+
+VOCAB_SIZE = 8192
 
 # Workers import this module, as the program's main one, and would wait for torch: functions import it.
 
@@ -45,29 +49,44 @@ def plain_build(texts: Iterable[str], tokenizer: Any, prefix: Path, *, append_eo
 def main() -> None:
     """Copy the text to one JSONL file, build it in each way, compare the bytes and print the rates."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("tokenizer", help="Hugging Face folder with the tokenizer")
-    parser.add_argument("inputs", nargs="+", help="files or folders of text")
+    parser.add_argument("tokenizer", nargs="?", help="Hugging Face folder with the tokenizer")
+    parser.add_argument("inputs", nargs="*", help="files or folders of text")
     parser.add_argument("--megabytes", type=float, default=20.0)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        results = measure(
-            Path(folder), arguments.tokenizer, arguments.inputs, arguments.megabytes, arguments.workers
-        )
+    corpus = corpus_of(arguments.inputs, arguments.megabytes)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = arguments.tokenizer or make_tokenizer(corpus, folder / "tokenizer")
+        results = measure(folder, tokenizer, corpus, arguments.workers)
     print(json.dumps(results))
 
 
-def measure(
-    folder: Path, tokenizer_path: str, inputs: list[str], megabytes: float, workers: list[int]
-) -> dict[str, Any]:
+def corpus_of(inputs: list[str], megabytes: float) -> Corpus:
+    """Return so much text of the inputs; without any, of what every machine has."""
+    library = sysconfig.get_paths()["stdlib"]
+    # its tests hold files that are no UTF-8 on purpose
+    exclude = [] if inputs else ["site-packages", "test", "tests"]
+    return Corpus(inputs or [library], exclude, max_bytes=int(megabytes * 1e6))
+
+
+def make_tokenizer(corpus: Corpus, folder: Path) -> str:
+    """Train a tokenizer on the text; return its folder."""
+    from training.make_checkpoint import train_tokenizer
+
+    train_tokenizer(corpus, VOCAB_SIZE).save_pretrained(folder)
+    return str(folder)
+
+
+def measure(folder: Path, tokenizer_path: str, gathered: Corpus, workers: list[int]) -> dict[str, Any]:
     """Return documents and tokens a second of each way, all below `folder`."""
     import megatron.core.datasets.indexed_dataset  # noqa: F401 - its import is no part of the times
 
     from training.build_dataset import Options, build_dataset, load_tokenizer
 
     text = folder / "text.jsonl"
-    gathered = Corpus(inputs, max_bytes=int(megabytes * 1e6)).documents()
-    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in gathered))
+    lines = (json.dumps({"text": document}) + "\n" for document in gathered.documents())
+    text.write_text("".join(lines))
     corpus = Corpus([str(text)])
     documents = sum(1 for _ in corpus.documents())
     tokenizer = load_tokenizer(tokenizer_path)
