@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.config_rules import ORIGINAL, Config, ConfigRule, Field, Requires, Rope
+from bridge.config_rules import FORMER_ROPE, ORIGINAL, ROPE, Config, ConfigRule, Field, Requires, Rope
 from bridge.errors import UnsupportedModelError
 from bridge.provider import GPTModelProvider
 
@@ -128,23 +128,22 @@ class TwoRopes(ConfigRule):
     local_theta: float = 10000.0
     # Megatron has one attention factor for all layers, which yarn and longrope would need two of.
     types: tuple[str, ...] = ("default", "linear", "llama3")
-    keys = ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq")
+    keys = (ROPE, "rope_theta", FORMER_ROPE, "rope_local_base_freq")
 
     def read(self, config: Config) -> dict[str, Any]:
-        given = config.get("rope_parameters") or {}
+        given = config.get(ROPE) or {}
         if unknown := sorted(set(given) - {SLIDING, FULL}):
             raise UnsupportedModelError(
                 f"config.json has rope_parameters with key {unknown[0]!r}: they are by layer type, {SLIDING}"
                 f" and {FULL}"
             )
-        scaled = given.get(FULL) or config.get("rope_scaling") or {}
-        local = given.get(SLIDING) or {}
+        scaled = {ROPE: given.get(FULL), FORMER_ROPE: config.get(FORMER_ROPE)}
         sizes = {"max_position_embeddings": config["max_position_embeddings"]}
         main = Rope(config.get("rope_theta") or self.theta, self.types)
         beside = Rope(config.get("rope_local_base_freq") or self.local_theta, self.types)
         return {
-            **main.read({**sizes, "rope_parameters": scaled}),
-            "rope_local_parameters": beside.read({**sizes, "rope_parameters": local})["rope_parameters"],
+            **main.read({**sizes, **scaled}),
+            "rope_local_parameters": beside.read({**sizes, ROPE: given.get(SLIDING)})["rope_parameters"],
         }
 
     def write(self, provider: GPTModelProvider) -> dict[str, Any]:
@@ -168,8 +167,8 @@ class PositionScaledRope(Rope):
                 raise UnsupportedModelError(f"config.json has rope_parameters without {key!r}: it is needed")
         return fields
 
-    def given(self, config: Config) -> Config:
-        return super().given(config) or {
+    def unsaid(self, config: Config) -> Config:
+        return {
             "rope_type": "yarn",
             "rope_theta": 1000000.0,
             "factor": 16.0,

@@ -233,6 +233,7 @@ class RopeKeys(NamedTuple):
     optional: frozenset[str] = frozenset()
 
 
+ROPE, FORMER_ROPE = "rope_parameters", "rope_scaling"
 ORIGINAL = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
 
@@ -266,14 +267,23 @@ class Rope(ConfigRule):
 
     @property
     def keys(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (
-            "rope_parameters",
-            "rope_theta",
-            "rope_scaling",
-            *(() if self.partial is None else (PARTIAL,)),
-        )
+        return (ROPE, "rope_theta", FORMER_ROPE, *(() if self.partial is None else (PARTIAL,)))
 
     def read(self, config: Config) -> dict[str, Any]:
+        if config.get(FORMER_ROPE) and config.get(ROPE):
+            self._check_spellings(config)
+        return self._meaning(config)
+
+    def _check_spellings(self, config: Config) -> None:
+        """transformers takes the former spelling where a config has both, other programs the present one."""
+        former, present = (self._meaning({**config, key: None}) for key in (ROPE, FORMER_ROPE))
+        if former != present:
+            raise UnsupportedModelError(
+                f"config.json has {FORMER_ROPE} {config[FORMER_ROPE]!r} but {ROPE} {config[ROPE]!r}: the two"
+                " mean the same, so leave out the one that the model was not trained with"
+            )
+
+    def _meaning(self, config: Config) -> dict[str, Any]:
         given = {k: v for k, v in self.given(config).items() if v is not None}
         kind = given.pop("rope_type", None) or given.get("type", "default")
         given.pop("type", None)  # some checkpoints spell it both ways
@@ -295,8 +305,13 @@ class Rope(ConfigRule):
         }
 
     def given(self, config: Config) -> Config:
-        """Return the rope parameters as the config has them."""
-        return config.get("rope_parameters") or config.get("rope_scaling") or {}
+        """Return the rope parameters as the config has them, in the order in which transformers looks."""
+        given = config.get(FORMER_ROPE) or config.get(ROPE)
+        return self.unsaid(config) if given is None else given
+
+    def unsaid(self, config: Config) -> Config:
+        """Return those that transformers takes for a config without any."""
+        return {}
 
     def _check_keys(self, kind: str, given: set[str]) -> None:
         needed, optional = ROPE_KEYS[kind]

@@ -14,8 +14,8 @@ from bridge.provider import GPTModelProvider
 class YarnByDefault(Rope):
     """Rope that transformers scales by yarn where the config does not say how."""
 
-    def given(self, config: Config) -> Config:
-        return super().given(config) or {
+    def unsaid(self, config: Config) -> Config:
+        return {
             "rope_type": "yarn",
             "factor": 32.0,
             "beta_fast": 32.0,

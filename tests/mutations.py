@@ -263,6 +263,12 @@ MUTATIONS = (
         not_reached=REFUSED,
     ),
     Mutation(
+        "another rope scaling in the former spelling",
+        caught("config keys"),
+        on_config(rope_scaling={"rope_type": "linear", "factor": 4.0}),
+        not_reached=REFUSED,
+    ),
+    Mutation(
         "padding token outside the vocabulary",
         caught("reload"),
         on_config(pad_token_id=5000),

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 from collections import Counter
@@ -268,6 +269,31 @@ def test_what_would_be_converted_wrongly_is_refused_by_name(change: dict[str, An
     with pytest.raises(UnsupportedModelError, match=named) as caught:
         provider_of(config)
     assert "\n" not in str(caught.value)
+
+
+LINEAR = {"rope_type": "linear", "factor": 3.0}
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_two_spellings_of_the_rope_must_mean_the_same(model_type: str) -> None:
+    """transformers takes rope_scaling where rope_parameters are there as well, and says nothing."""
+    config = small_config(model_type)
+    with pytest.raises(UnsupportedModelError, match=r"rope_scaling .* but rope_p|type 'linear'"):
+        provider_of({**config, "rope_scaling": LINEAR})
+    given = config.get("rope_parameters", {})
+    same = {"rope_theta": 10000.0, "rope_type": "default", **given.get("full_attention", given)}
+    assert (
+        provider_of({**config, "rope_scaling": same}).rope_parameters == provider_of(config).rope_parameters
+    )
+
+
+@pytest.mark.parametrize("present", [None, {}])
+@pytest.mark.parametrize("former", [None, {}, LINEAR])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
+def test_an_empty_rope_is_read_as_transformers_reads_it(model_type: str, former: Any, present: Any) -> None:
+    config = {**small_config(model_type), "rope_scaling": former, "rope_parameters": present}
+    provider, judge = provider_of(config), AutoConfig.for_model(**copy.deepcopy(config)).rope_parameters
+    assert provider.rope_parameters == judge
 
 
 def test_sliding_layers_of_qwen_are_refused() -> None:
