@@ -16,6 +16,7 @@ from torch.nn import functional
 from bridge import distributed
 from bridge.latent_attention import rope_settings, set_frequencies
 from bridge.layer_spec import layer_spec, uses_transformer_engine
+from bridge.live_vocabulary import note_vocab_size
 from bridge.model_hooks import add_hooks
 from bridge.mtp_model import PredictingGPTModel, prediction_spec
 from bridge.provider import GPTModelProvider
@@ -97,7 +98,7 @@ def provide(
     model = (PredictingGPTModel if predicts else GPTModel)(
         config,
         layers,
-        mtp_block_spec=prediction_spec(layers, config, uses_transformer_engine(provider), vp_stage),
+        mtp_block_spec=prediction_spec(provider, config, vp_stage),
         vocab_size=provider.padded_vocab_size,
         max_sequence_length=provider.max_position_embeddings,
         pre_process=pre_process,
@@ -113,6 +114,7 @@ def provide(
     else:
         model.rotary_pos_emb = DecoderRotaryEmbedding(provider, distributed.device())
     add_hooks(model, provider)
+    note_vocab_size(model, provider.vocab_size)
     if post_process:
         mask_padded_logits(model, provider)
     return model

@@ -10,6 +10,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor
 
+from bridge.layer_spec import one_layer, uses_transformer_engine
+from bridge.provider import GPTModelProvider
+
 
 class PredictingGPTModel(GPTModel):
     """GPTModel with multi-token prediction, whose decoder answers alone where there are no labels.
@@ -39,9 +42,11 @@ class PredictingGPTModel(GPTModel):
 
 
 def prediction_spec(
-    layers: Any, config: TransformerConfig, transformer_engine: bool, vp_stage: int | None
+    provider: GPTModelProvider, config: TransformerConfig, vp_stage: int | None
 ) -> ModuleSpec | None:
-    """Return the prediction layers of this pipeline stage, like the last of `layers`; None if it has none."""
+    """Return the prediction layers of this pipeline stage; None if it has none."""
     if config.mtp_num_layers is None:
         return None
-    return get_gpt_mtp_block_spec(config, layers, transformer_engine, vp_stage)
+    # like the decoder's last one, which may be in another stage
+    layer = one_layer(provider, config, experts=provider.moe_layers[-1])
+    return get_gpt_mtp_block_spec(config, layer, uses_transformer_engine(provider), vp_stage)

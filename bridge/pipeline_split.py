@@ -51,7 +51,7 @@ def check_uneven(provider: GPTModelProvider, pipeline: int, virtual: int) -> Non
 
 
 def check_layout(provider: GPTModelProvider, layout: str, stages: int) -> None:
-    """Check the number of layers and stages in a layout such as "Et*3|(tt|)*2,m|L"."""
+    """Check what is where in a layout such as "Et*3|(tt|)*2,tmL"."""
     spelt = expand(layout)
     if set(spelt) - set("EtmL|,"):
         raise ConfigError(
@@ -63,6 +63,13 @@ def check_layout(provider: GPTModelProvider, layout: str, stages: int) -> None:
         raise ConfigError(
             f"model.pipeline_model_parallel_layout {layout!r} has {found[0]} layers in {found[1]} stages, but"
             f" the model {provider.num_layers} in {stages} (pipeline x virtual)"
+        )
+    predicting = "m" * (provider.mtp_num_layers or 0)
+    if not re.fullmatch(rf"E[t|]*{predicting}L", spelt):
+        # Measured (Megatron Core 0.16.1): prediction layers in a stage without the loss give wrong gradients.
+        raise ConfigError(
+            f"model.pipeline_model_parallel_layout {layout!r}: an embedding (E) comes first; the last stage"
+            f" ends with the model's {len(predicting)} layers of multi-token prediction (m) and the loss (L)"
         )
 
 

@@ -28,6 +28,7 @@ def provider(layers: int, stages: int, chunks: int | None = None, **values) -> G
         provider(6, 4, account_for_embedding_in_pipeline_split=True, account_for_loss_in_pipeline_split=True),
         provider(8, 4, **{LAYOUT: "Ettt|(tt|)*2tL"}),
         provider(5, 2, 2, **{LAYOUT: "Et|t*2|t|tL"}),
+        provider(4, 2, 2, **{LAYOUT: "Et|tt|t|m*2L"}, mtp_num_layers=2),
     ],
 )
 def test_possible_splits_pass(model):
@@ -46,6 +47,11 @@ def test_possible_splits_pass(model):
         (provider(7, 4, **{FIRST: 1}, account_for_loss_in_pipeline_split=True), "leave no use for"),
         (provider(8, 4, **{LAYOUT: "Ett|tt|tt|tL"}), "has 7 layers in 4 stages, but the model 8 in 4"),
         (provider(8, 4, **{LAYOUT: "Ett|tt|tt|ttX"}), "holds something else"),
+        (provider(4, 2, **{LAYOUT: "Ett|ttL"}, mtp_num_layers=1), "ends with the model's 1 layers of multi-"),
+        (provider(4, 2, **{LAYOUT: "Ett|ttmL"}), "ends with the model's 0 layers of multi-token"),
+        (provider(4, 2, **{LAYOUT: "Ettttm|L"}, mtp_num_layers=1), "ends with the model's 1 layers"),
+        (provider(4, 2, **{LAYOUT: "Ettm|ttL"}, mtp_num_layers=1), "ends with the model's 1 layers"),
+        (provider(4, 2, **{LAYOUT: "tEt|ttL"}), "an embedding .* comes first"),
     ],
 )
 def test_impossible_splits_are_refused(model, message):
