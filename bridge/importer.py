@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,15 +9,16 @@ from bridge.byte_copy import Progress, ProgressCounter
 from bridge.chunk_plan import ChunkPlanner, split_over_files
 from bridge.conversion import Conversion, check_workers, origin_of
 from bridge.coverage import check_hf_coverage
-from bridge.dtypes import FLOAT32_KEYS, check_weight_dtype, common_dtype
+from bridge.dtypes import check_weight_dtype
 from bridge.families import plan_weights, provider_of
 from bridge.hf_checkpoint import CONFIG, HfCheckpoint
 from bridge.item_files import ItemWriter, file_name, lay_out
 from bridge.mapping import WeightPlan
 from bridge.megatron_checkpoint import write_model
 from bridge.memory import DEFAULT_LIMIT, MemoryLimit
-from bridge.quantization import HfTensor, stored_slices
+from bridge.quantization import stored_slices
 from bridge.staging import resumable_folder
+from bridge.stored_dtypes import stored_dtypes
 from bridge.torch_dist.items import object_item
 from bridge.torch_dist.metadata import Place, StoredTensor, TorchDistMetadata, write_metadata
 
@@ -50,7 +50,7 @@ def import_checkpoint(
     provider = provider_of(source.config)
     plan = plan_weights(provider)
     check_hf_coverage(plan, source)
-    metadata = _described(plan, _stored_dtypes(plan, source.tensors, dtype))
+    metadata = _described(plan, stored_dtypes(plan, source.tensors, dtype))
     dtypes = {key: stored.dtype for key, stored in metadata.tensors.items()}
     pieces = ChunkPlanner(plan, source.tensors, dtypes).pieces()
     files = [lay_out(number, file, metadata) for number, file in enumerate(split_over_files(pieces))]
@@ -73,15 +73,6 @@ def import_checkpoint(
 def _read_files(source: HfCheckpoint) -> set[Path]:
     shards = {stored.file for tensor in source.tensors.values() for stored in stored_slices(tensor)}
     return {source.path / CONFIG, *shards}
-
-
-def _stored_dtypes(plan: WeightPlan, tensors: dict[str, HfTensor], wanted: str | None) -> dict[str, str]:
-    """Return the dtype of every key: `wanted`, or the one that holds all of its parts exactly."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for block in plan.blocks:
-        found[block.key].add(tensors[block.hf].dtype)
-    kept = {key for key in found if wanted is None or key.endswith(FLOAT32_KEYS)}
-    return {key: common_dtype(dtypes) if key in kept else str(wanted) for key, dtypes in found.items()}
 
 
 def _described(plan: WeightPlan, dtypes: dict[str, str]) -> TorchDistMetadata:

@@ -72,20 +72,51 @@ def test_refuses_a_dtype_that_weights_cannot_have(tmp_path: Path) -> None:
             convert(tmp_path, tmp_path / "out", dtype="int8")
 
 
-def test_parts_of_several_dtypes_become_the_one_that_holds_all(
-    hf_checkpoint: Checkpoints, tmp_path: Path
+def widen(folder: Path, part: str) -> Tensors:
+    """Store the tensors whose names hold `part` in float32, with values that 16 bits cannot hold."""
+    tensors = hf_tensors(folder)
+    chosen = {name: tensor.float() + 1e-6 for name, tensor in tensors.items() if part in name}
+    assert chosen
+    write(folder, tensors | chosen)
+    return tensors | chosen
+
+
+@pytest.mark.parametrize("part", ["norm.weight", "k_proj", "experts.", "layers.2.mlp.gate."])
+def test_kinds_of_tensors_may_have_dtypes_of_their_own(
+    part: str, hf_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    source = copy_checkpoint(hf_checkpoint("llama"), tmp_path / "source")
-    key = "model.layers.1.self_attn.k_proj.weight"
-    tensors = hf_tensors(source)
-    write(source, {**tensors, key: tensors[key].float() + 1e-6})
+    """So may a single layer's router where Megatron has a key for each layer."""
+    source = copy_checkpoint(hf_checkpoint("qwen3_moe"), tmp_path / "source")
+    expected = widen(source, part)
     import_checkpoint(source, tmp_path / "megatron")
     export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
     found = hf_tensors(tmp_path / "hf")
-    for name, tensor in hf_tensors(source).items():
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
         assert torch.equal(found[name].double(), tensor.double()), name
-    assert found[key].dtype == torch.float32
-    assert found["model.layers.1.mlp.up_proj.weight"].dtype == torch.bfloat16
+        # queries and values are in one Megatron tensor with the keys
+        assert found[name].dtype == tensor.dtype or part == "k_proj"
+
+
+@pytest.mark.parametrize(
+    ("family", "odd"),
+    [
+        ("llama", "model.layers.2.mlp.up_proj.weight"),
+        ("llama", "model.layers.0.input_layernorm.weight"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.3.down_proj.weight"),
+    ],
+)
+def test_one_tensor_in_a_dtype_of_its_own_changes_no_other(
+    family: str, odd: str, hf_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    source = copy_checkpoint(hf_checkpoint(family), tmp_path / "source")
+    expected = widen(source, odd)
+    with pytest.raises(CoverageError, match=f"'{odd}' is float32, others of its kind are bfloat16"):
+        import_checkpoint(source, tmp_path / "megatron")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    import_checkpoint(source, tmp_path / "megatron", dtype="float32")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
+    assert torch.equal(hf_tensors(tmp_path / "hf")[odd], expected[odd])
 
 
 @dataclass(frozen=True)
