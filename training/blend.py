@@ -150,7 +150,9 @@ def find_datasets(config: "DatasetConfig") -> dict[str, Dataset]:
 
 
 def check_files(config: "DatasetConfig", splits: list[str], seq_length: int, vocab_size: int) -> None:
-    """Refuse datasets that are missing, have no such split, too little text or another vocabulary."""
+    """Refuse datasets that are missing or damaged, have too little text or another vocabulary."""
+    from training.indexed_files import open_indexed  # numpy, which a config alone needs not
+
     parts = find_parts(config, splits)
     check_tokenizers(find_datasets(config), vocab_size)
     for split, found in parts.items():
@@ -163,6 +165,8 @@ def check_files(config: "DatasetConfig", splits: list[str], seq_length: int, voc
                 f"the {split!r} split has {tokens} tokens, too few for one sample of {seq_length}:"
                 " give more text, a larger fraction or a smaller seq_length"
             )
+        for part in found:
+            open_indexed(part.prefix)
 
 
 def check_tokenizers(datasets: dict[str, Dataset], vocab_size: int) -> None:

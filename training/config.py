@@ -7,6 +7,7 @@ from typing import Any
 from bridge.errors import ConfigError
 from bridge.provider import GPTModelProvider
 from training import config_checks
+from training.config_bounds import check_fields
 from training.precision import MixedPrecisionConfig
 
 
@@ -274,10 +275,12 @@ class ConfigContainer:
 
     def validate(self, world_size: int) -> "ConfigContainer":
         """Fill what follows from other fields and refuse contradictions, by ConfigError."""
+        check_fields(self)
         self.mixed_precision.check()
         self.model.params_dtype = self.mixed_precision.params_dtype
         self.model.finalize()
         config_checks.check(self, self.num_microbatches(world_size))
+        config_checks.check_profiled_ranks(self, world_size)
         return self
 
 

@@ -22,6 +22,7 @@ def run_settings(provider: GPTModelProvider, transformer_engine: bool) -> dict[s
     """Return values for Megatron's TransformerConfig; `transformer_engine` says whose modules it has."""
     possible = possible_fusions(provider) if transformer_engine else frozenset()
     check_offloading(provider, transformer_engine)
+    check_recomputation(provider, transformer_engine)
     return {name: decided(provider, name, name in possible) for name in FUSIONS}
 
 
@@ -85,4 +86,14 @@ def check_offloading(provider: GPTModelProvider, transformer_engine: bool) -> No
         raise ConfigError(
             "model.cpu_offloading moves activations from a GPU by Transformer Engine, and there is none here:"
             " set it to false"
+        )
+
+
+def check_recomputation(provider: GPTModelProvider, transformer_engine: bool) -> None:
+    """Megatron recomputes without saving an output by way of Transformer Engine's FP8 state."""
+    asked = set(provider.recompute_modules or ()) & {"layernorm", "moe_act", "mla_up_proj"}
+    if asked and not transformer_engine:
+        raise ConfigError(
+            f"model.recompute_modules has {min(asked)!r}, which only Transformer Engine can recompute, and"
+            " there is none here: leave it out"
         )

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import numpy
 import pytest
@@ -119,6 +120,17 @@ def test_parts_of_splits_and_of_a_blend_per_split(dataset, single):
     assert [part.prefix for part in parts["valid"]] == [dataset / "test"]
     with pytest.raises(ConfigError, match="blend_per_split has no 'test'"):
         find_parts(config, ["test"])
+
+
+def test_damaged_files_are_named_before_anything_is_built(dataset, tmp_path):
+    def check(name, change):
+        damaged = shutil.copytree(dataset, tmp_path / name)
+        change(damaged / "train.bin")
+        with pytest.raises(CheckpointError, match=f"{name}/train"):
+            check_files(DatasetConfig(blend=[str(damaged)]), ["train"], 32, 300)
+
+    check("missing", Path.unlink)
+    check("shorter", lambda file: file.write_bytes(file.read_bytes()[:-2]))
 
 
 def test_mistakes_are_named_before_anything_is_built(dataset, single, tmp_path):
