@@ -2,16 +2,13 @@
 
 Megatron Core 0.16 unpickles `.metadata` and every stored object without restriction, and Transformer Engine
 unpickles the `_extra_state` tensors that it is handed. `load` stands in for `dist_checkpointing.load`: the
-metadata may hold only the classes that describe tensors, objects are loaded in torch's weights-only mode,
+metadata is built anew from what its inert reading says, objects are numbers, strings, containers and tensors,
 files lie inside the checkpoint's folder, and `_extra_state` is not read at all.
 """
 
 import io
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,96 +18,91 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
-from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed._shard import sharded_tensor, sharding_spec
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 
 from bridge.contained_path import contained_file
 from bridge.errors import CheckpointError
 from bridge.mapped_reader import MappedReader
-from bridge.torch_dist.restricted_pickle import read_pickle
+from bridge.stored_objects import read_object
+from bridge.torch_dist import metadata as torch_dist
 
-DTYPES = (
-    *("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"),
-    *("int64", "int32", "int16", "int8", "uint8", "bool"),
-)
 # the modules that hold the check of overlapping shards by its name
 CHECKERS = (sharding_spec.api, sharded_tensor.api, sharded_tensor.utils)
-DESCRIBING_CLASSES = {
-    "torch": ("Size", "strided", *DTYPES),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.metadata": (
-        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
-        *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo", "_StoragePrefix"),
-    "torch.distributed.checkpoint.planner": (
-        *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
-    ),
-    "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
-    "pathlib": ("PosixPath", "PurePosixPath"),
-}
-
-
-def enum_member(kind: Any, name: str) -> Enum:
-    """Stand for `getattr`, by which Python 3.11.2 (not 3.11.7) pickles the members of an enumeration."""
-    if not (isinstance(kind, type) and issubclass(kind, Enum)):
-        raise CheckpointError(".metadata asks for an attribute of something that is no enumeration")
-    return kind[name]
-
-
-ALLOWED_GLOBALS = {
-    (module, name): getattr(import_module(module), name)
-    for module, names in DESCRIBING_CLASSES.items()
-    for name in names
-} | {("builtins", "getattr"): enum_member}
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read the `.metadata` of the checkpoint at `path`; CheckpointError when it holds anything unexpected."""
-    file = path / ".metadata"
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    metadata = read_pickle(data, ALLOWED_GLOBALS, str(file))
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{file} holds a {type(metadata).__name__}, not the metadata of a checkpoint")
-    for name in {item.relative_path for item in metadata.storage_data.values()}:
-        contained_file(path, name, file)
-    return metadata
+    """Describe the checkpoint at `path` to torch; what it cannot be is a CheckpointError."""
+    found = torch_dist.read_metadata(path)
+    places = {
+        MetadataIndex(key, chunk.offsets, number): chunk.place
+        for key, tensor in found.tensors.items()
+        for number, chunk in enumerate(tensor.chunks)
+    } | {MetadataIndex(key): place for key, place in found.objects.items()}
+    for name in {place.file for place in places.values()}:
+        contained_file(path, name, path / torch_dist.METADATA)
+    tensors = {key: _tensor_metadata(tensor) for key, tensor in found.tensors.items()}
+    objects = {key: BytesStorageMetadata() for key in found.objects}
+    return Metadata(
+        {**tensors, **objects}, storage_data={index: _StorageInfo(*place) for index, place in places.items()}
+    )
+
+
+def _tensor_metadata(tensor: torch_dist.StoredTensor) -> TensorStorageMetadata:
+    chunks = [
+        ChunkStorageMetadata(torch.Size(each.offsets), torch.Size(each.sizes)) for each in tensor.chunks
+    ]
+    properties = TensorProperties(dtype=getattr(torch, tensor.dtype))
+    return TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
 
 
 class RestrictedReader(MappedReader):
-    """A reader of checkpoint files that takes their metadata through a restricted unpickler."""
+    """A reader of checkpoint files that trusts nothing of their metadata."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._cached_metadata is None:
             metadata = read_metadata(Path(self.path))
-            metadata.storage_meta = metadata.storage_meta or StorageMeta()
-            metadata.storage_meta.load_id = self.load_id
+            metadata.storage_meta = StorageMeta(load_id=self.load_id)
             self._cached_metadata = metadata
         return self._cached_metadata
 
 
 class RestrictedPlanner(torch_strategy.MCoreLoadPlanner):
-    """Megatron's load planner with objects limited to what torch calls weights."""
+    """Megatron's load planner with objects limited to plain values and tensors."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         assert self.flatten_state_dict, "the default of torch's planner, which Megatron keeps"
         path = self.mappings[read_item.dest_index.fqn]
-        set_element(self.original_state_dict, path, torch.load(value, weights_only=True))
+        source = f"the object {read_item.storage_index.fqn!r}"
+        set_element(self.original_state_dict, path, read_object(value.getvalue(), source))
 
 
 class RestrictedCommonStrategy(TorchCommonLoadStrategy):
-    """Megatron's reader of common.pt, limited also where TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set."""
+    """Megatron's reader of common.pt, limited in the same way."""
 
     def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
-        return torch.load(Path(checkpoint_dir, COMMON_STATE_FNAME), map_location="cpu", weights_only=True)
+        return load_common(checkpoint_dir)
+
+
+class NoCommonStrategy(TorchCommonLoadStrategy):
+    """Leaves out common.pt, in which plain Megatron-LM keeps objects of many classes."""
+
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        return {}
 
 
 @contextmanager
@@ -140,8 +132,13 @@ def load(
     path: Path | str,
     sharded_strategy: Any = None,
     strict: StrictHandling = StrictHandling.ASSUME_OK_UNEXPECTED,
+    *,
+    common: bool = True,
 ) -> Any:
-    """Do what `dist_checkpointing.load` does, without trusting the files; all ranks call it together."""
+    """Do what `dist_checkpointing.load` does, without trusting the files; all ranks call it together.
+
+    What all ranks share (common.pt) is left out unless `common`.
+    """
     if not Path(path, "metadata.json").is_file():
         raise CheckpointError(f"{path} has no metadata.json: not a Megatron checkpoint")
     try:
@@ -150,19 +147,20 @@ def load(
                 without_extra_state(sharded_state_dict),
                 str(path),
                 sharded_strategy=sharded_strategy,
-                common_strategy=RestrictedCommonStrategy(),
+                common_strategy=RestrictedCommonStrategy() if common else NoCommonStrategy(),
                 strict=strict,
             )
-    except (CheckpointException, CheckpointingException, pickle.UnpicklingError, OSError) as error:
+    except (CheckpointException, CheckpointingException, OSError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {reason(error)}") from error
 
 
 def load_common(path: Path | str) -> dict[str, Any]:
     """Return what a checkpoint holds beside its sharded tensors (common.pt)."""
-    try:
-        return RestrictedCommonStrategy().load_common(path)
-    except (pickle.UnpicklingError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path}/{COMMON_STATE_FNAME} cannot be loaded: {reason(error)}") from error
+    file = contained_file(Path(path), torch_dist.SHARED_OBJECT, Path(path))
+    found = read_object(file.read_bytes(), str(file))
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds a {type(found).__name__}, not a state dict")
+    return found
 
 
 def reason(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from bridge.torch_dist.restricted_pickle import read_pickle
 
 ALIGNMENT = 64  # of a payload, as torch.save aligns it
 MAX_PAYLOAD = 2**32 - 2**16  # above it a zip archive needs the 64-bit format, which is not written here
+DESCRIBING = ("data.pkl", "byteorder")
 MAX_DESCRIPTION = 1 << 20  # a pickled tensor description is some 200 bytes
 
 LOCAL_HEADER = struct.Struct("<4s5H3I2H")
@@ -138,12 +139,12 @@ def _locate(
     archive: zipfile.ZipFile, fd: int, start: int, length: int, shape: tuple[int, ...], source: str
 ) -> Payload:
     names = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    if max((names[name].file_size for name in DESCRIBING if name in names), default=0) > MAX_DESCRIPTION:
+        raise CheckpointError(f"{source}: the item at byte {start} is no plain tensor")
     if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
         raise CheckpointError(
             f"{source}: the item at byte {start} is big-endian: save it on a common machine"
         )
-    if names["data.pkl"].file_size > MAX_DESCRIPTION:
-        raise CheckpointError(f"{source}: the item at byte {start} is no plain tensor")
     tensor = read_pickle(archive.read(names["data.pkl"]), TENSOR_GLOBALS, source)
     if not isinstance(tensor, _StoredTensor):
         raise CheckpointError(f"{source}: the item at byte {start} is no tensor")

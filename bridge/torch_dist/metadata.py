@@ -16,7 +16,7 @@ from bridge.dtypes import ITEM_SIZES
 from bridge.errors import CheckpointError
 from bridge.torch_dist.items import object_item
 from bridge.torch_dist.pickle_writer import Call, Global, Instance, Pairs, pickled
-from bridge.torch_dist.restricted_pickle import Globals, inert, read_pickle
+from bridge.torch_dist.restricted_pickle import Globals, Inert, inert, read_pickle
 
 METADATA = ".metadata"
 FORMAT = "metadata.json"
@@ -30,6 +30,8 @@ FORMAT_VALUES = {
 }
 
 DCP = "torch.distributed.checkpoint"
+ENUMERATIONS = ("_MEM_FORMAT_ENCODING", "WriteItemType")
+MAX_PATH = 4096  # PATH_MAX of Linux; joined paths could double at every step
 
 
 class Place(NamedTuple):
@@ -135,7 +137,11 @@ def read_metadata(folder: Path, skip: Callable[[str], bool] = lambda key: False)
     """Read what `folder` holds, without the keys that `skip` says; anything wrong is a CheckpointError."""
     _check_format(folder)
     file = contained_file(folder, METADATA, folder)
-    found = read_pickle(file.read_bytes(), METADATA_GLOBALS, str(file))
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    found = read_pickle(data, METADATA_GLOBALS, str(file))
     try:
         return _read_metadata_object(found, skip)
     except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
@@ -176,7 +182,10 @@ def _read_metadata_object(found: Any, skip: Callable[[str], bool]) -> TorchDistM
 def _read_place(info: Any) -> Place:
     if getattr(info, "transform_descriptors", None):
         raise ValueError(f"{info.relative_path} is transformed ({info.transform_descriptors})")
-    return Place(str(info.relative_path), int(info.offset), int(info.length))
+    place = Place(str(info.relative_path), int(info.offset), int(info.length))
+    if place.start < 0 or place.length < 0:
+        raise ValueError(f"an item of {place.file} has {place.length} bytes from {place.start} on")
+    return place
 
 
 def _size_read(shape: Any = ()) -> tuple[int, ...]:
@@ -188,12 +197,14 @@ def _first_argument(value: Any, *_: Any) -> Any:
 
 
 def _path_read(*parts: str) -> str:
+    if sum(map(len, parts)) > MAX_PATH:
+        raise ValueError(f"a path has more than {MAX_PATH} characters")
     return "/".join(parts)
 
 
 def _enum_member(kind: Any, name: str) -> str:
     """Stand for `getattr`, by which Python 3.11.2 (not 3.11.7) pickles the members of an enumeration."""
-    if kind is not _first_argument:
+    if not (isinstance(kind, type) and issubclass(kind, Inert) and kind.type_name in ENUMERATIONS):
         raise CheckpointError(".metadata asks for an attribute of something that is no enumeration")
     return name
 
@@ -209,22 +220,24 @@ def _metadata_globals() -> Globals:
             "TensorProperties",
             "MetadataIndex",
             "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
         ),
-        f"{DCP}.filesystem": ("_StorageInfo",),
-        f"{DCP}.planner": ("SavePlan", "WriteItem", "TensorWriteData", "BytesIOWriteData"),
+        f"{DCP}.filesystem": ("_StorageInfo", "_StoragePrefix"),
+        f"{DCP}.planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
         "megatron.core.dist_checkpointing.strategies.torch": ("MCoreMetadata", "MCoreSavePlan"),
     }
     allowed: dict[tuple[str, str], Any] = {
         (module, name): inert(name) for module, names in classes.items() for name in names
     }
     allowed |= {("torch", dtype): f"torch.{dtype}" for dtype in ITEM_SIZES}
-    allowed |= {(module, "PosixPath"): _path_read for module in ("pathlib", "pathlib._local")}
+    paths = [
+        (module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")
+    ]
+    allowed |= dict.fromkeys(paths, _path_read)
     return allowed | {
         ("torch", "Size"): _size_read,
         ("torch", "strided"): "torch.strided",
         ("torch.serialization", "_get_layout"): _first_argument,
-        (f"{DCP}.metadata", "_MEM_FORMAT_ENCODING"): _first_argument,
-        (f"{DCP}.planner", "WriteItemType"): _first_argument,
         ("builtins", "getattr"): _enum_member,
         ("collections", "OrderedDict"): dict,
     }

@@ -4,8 +4,9 @@ import io
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from checkpoints import copy_checkpoint
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.enums import ModelType
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -103,10 +105,42 @@ def test_code_in_the_common_state_does_not_run(imported: Path, tmp_path: Path) -
     in_common(folder, Touch(trace))
     _, model = built(folder)
     load_checkpoint(model, folder)  # which needs none of it
-    with pytest.raises(CheckpointError, match="cannot be loaded: Weights only") as caught:
+    with pytest.raises(CheckpointError, match=r"common\.pt refers to posix\.mkdir") as caught:
         restricted_load.load(model_state(model), folder)
     assert "\n" not in str(caught.value)
     assert not trace.exists()
+
+
+STATE = b"N}X\x0e\0\0\0is_relative_toX\x01\0\0\0xs\x86b"  # (None, {"is_relative_to": "x"}), BUILD
+MEMBER = b"K\x01\x85R}X\x07\0\0\0_value_K\x63sb"  # (1), REDUCE, {"_value_": 99}, BUILD
+
+
+def test_metadata_cannot_change_a_class(imported: Path, tmp_path: Path) -> None:
+    folder = copy_checkpoint(imported, tmp_path / "checkpoint")
+    metadata = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(metadata[:2] + b"cpathlib\nPosixPath\n" + STATE + b"0" + metadata[2:])
+    try:
+        with pytest.raises(CheckpointError, match="gives a function a state"):
+            restricted_load.read_metadata(folder)
+        assert not Path("/etc/passwd").is_relative_to("/tmp")
+    finally:
+        if "is_relative_to" in vars(PosixPath):
+            del PosixPath.is_relative_to
+
+
+def test_an_object_cannot_change_an_enumeration(tmp_path: Path) -> None:
+    """Megatron Core registers its own with torch as safe."""
+    before = ModelType.encoder_or_decoder.value
+    attack = f"c{ModelType.__module__}\n{ModelType.__name__}\n".encode() + MEMBER
+    with zipfile.ZipFile(tmp_path / "common.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + attack + b"0}.")
+        archive.writestr("archive/version", b"3\n")
+    try:
+        with pytest.raises(CheckpointError, match=r"refers to megatron\.core\.enums\.ModelType"):
+            restricted_load.load_common(tmp_path)
+        assert ModelType.encoder_or_decoder.value == before
+    finally:
+        ModelType.encoder_or_decoder._value_ = before
 
 
 def test_code_in_an_object_does_not_run(tmp_path: Path) -> None:

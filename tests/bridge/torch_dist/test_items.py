@@ -96,6 +96,7 @@ BAD_ITEMS = {
     "code": (with_entry(GOOD, "data.pkl", pickle.dumps(Exploit(), 2)), "posix.mkdir"),
     "half a pickle": (with_entry(GOOD, "data.pkl", b"\x80\x02c"), "malformed"),
     "big-endian": (with_entry(GOOD, "byteorder", b"big"), "big-endian"),
+    "long description": (with_entry(GOOD, "byteorder", bytes(2 << 20)), "no plain tensor"),
     "compressed": (with_entry(GOOD, "none", b"", zipfile.ZIP_DEFLATED), "compressed or too short"),
     "short payload": (with_entry(GOOD, "data/0", bytes(90)), "compressed or too short"),
     "no payload": (with_entry(GOOD, "data/0", b"").replace(b"data/0", b"data/9"), "damaged"),
