@@ -16,6 +16,20 @@ from tasks.errors import JobCrashedError
 from training.checkpoint_folders import latest_complete
 
 ATTEMPTS = "attempts.json"
+# What ends in one of these twice, at the same place, does so however often it is started.
+MISTAKES = (
+    "AssertionError",
+    "AttributeError",
+    "ImportError",
+    "IndexError",
+    "KeyError",
+    "ModuleNotFoundError",
+    "NameError",
+    "NotImplementedError",
+    "TypeError",
+    "ValueError",
+    "ZeroDivisionError",
+)
 RUNNING, LOST, DONE, CRASHED, ENDED = "running", "lost", "done", "crashed", "ended"
 
 
@@ -43,6 +57,17 @@ class Attempt:
     def is_fruitless(self) -> bool:
         """Say whether it left no new checkpoint."""
         return self.to_iteration == self.from_iteration
+
+    def repeats(self, before: "Attempt") -> bool:
+        """Say whether this attempt and the one before ended without progress by the same mistake."""
+        what, _, _ = self.reason.partition(" (log: ")  # that of each attempt has a name of its own
+        _, _, error = what.partition(" failed with ")
+        return (
+            self.is_fruitless
+            and before.is_fruitless
+            and error.startswith(tuple(f"{name}:" for name in MISTAKES))
+            and before.reason.startswith(f"{what} (log: ")
+        )
 
 
 class Attempts:
@@ -92,19 +117,21 @@ def run_with_restarts(
     """Call `start` with the name of each attempt's job until one ends well; return its report.
 
     Only a crash is answered by another attempt, at most `max_restarts` of them in a row that bring no new
-    checkpoint; a verdict of the job, a stop and bad input are raised at once. The report gets the list of
-    "attempts", which `folder` holds in attempts.json at any time.
+    checkpoint and not after two that ended by the same mistake; a verdict of the job, a stop and bad input
+    are raised at once. The report gets the list of "attempts", which `folder` holds in attempts.json at any
+    time.
     """
     attempts = Attempts(folder, checkpoints)
     fruitless = 0
+    attempt: Attempt | None = None
     while True:
-        attempt = attempts.begin()
+        before, attempt = attempt, attempts.begin()
         try:
             report = start(attempt.job)
         except JobCrashedError as error:
             attempt = attempts.end(CRASHED, error)
             fruitless = fruitless + 1 if attempt.is_fruitless else 0
-            if fruitless > max_restarts:
+            if fruitless > max_restarts or (before and attempt.repeats(before)):
                 raise
             log(f"attempt {attempt.number} crashed: {error}")
             log(f"starting again from iteration {attempt.to_iteration}, attempt {attempt.number + 1}")

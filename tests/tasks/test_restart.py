@@ -83,6 +83,18 @@ def test_crashes_without_progress_end(run: Callable[..., dict], tmp_path: Path) 
     assert "exitcode  : -9" in first["details"]
 
 
+@pytest.mark.parametrize(("error", "starts"), [("KeyError: 'x'", 2), ("DistBackendError: NCCL", 4)])
+def test_the_same_mistake_twice_is_the_end(error: str, starts: int, tmp_path: Path) -> None:
+    """Errors of the machines may pass, those of the program do not."""
+
+    def start(name: str) -> dict:
+        raise JobCrashedError(f"frail_job failed with {error} (log: {tmp_path / name}.log); its last lines:")
+
+    with pytest.raises(JobCrashedError):
+        run_with_restarts(start, checkpoints=tmp_path, folder=tmp_path, max_restarts=3, log=print)
+    assert attempts(tmp_path) == [(0, 0, "crashed")] * starts
+
+
 def test_attempts_of_earlier_launchers_stay_on_record(tmp_path: Path) -> None:
     folder_of(tmp_path, 30).mkdir()
     names = []
