@@ -3,9 +3,13 @@
 import errno
 import mmap
 import os
+import resource
 import threading
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -21,39 +25,87 @@ except ImportError:  # a machine without our dependencies, such as a GPU image: 
 BUFFER_SIZE = 256 * 1024
 MAPPED_SIZE = 1024 * 1024  # of a mapped file, written at once and then forgotten
 MAX_VIEWS = 1024  # IOV_MAX of Linux: the most buffers that one preadv fills
+MAX_OPEN = 256  # files; fewer where the process may open few
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
 
 
-class OpenFiles:
-    """Files opened and mapped for reading, each once, until the `with` block ends."""
+@dataclass
+class _OpenFile:
+    descriptor: int
+    users: int = 0
 
-    def __init__(self) -> None:
-        self._descriptors: dict[Path, int] = {}
-        self._mapped: dict[Path, mmap.mmap] = {}
+
+class OpenFiles:
+    """Files opened for reading or for writing, each once; the `with` block's end closes them.
+
+    A checkpoint may have more files than a process may open: the ones that were not used for the longest time
+    are closed, and opened again when they are asked for.
+    """
+
+    def __init__(self, flags: int = os.O_RDONLY) -> None:
+        self._flags = flags
+        self._limit = _most_open()
+        self._open: OrderedDict[Path, _OpenFile] = OrderedDict()
+        self._mapped: OrderedDict[Path, mmap.mmap] = OrderedDict()
         self._lock = threading.RLock()
 
-    def descriptor(self, file: Path) -> int:
+    @contextmanager
+    def opened(self, file: Path) -> Iterator[int]:
+        """Yield a descriptor that stays open until the block ends."""
+        used = self._take(file)
+        try:
+            yield used.descriptor
+        finally:
+            with self._lock:
+                used.users -= 1
+
+    def _take(self, file: Path) -> _OpenFile:
         with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(file, os.O_RDONLY)
-            return self._descriptors[file]
+            if file not in self._open:
+                self._make_room()
+                self._open[file] = _OpenFile(os.open(file, self._flags))
+            self._open.move_to_end(file)
+            self._open[file].users += 1
+            return self._open[file]
+
+    def _make_room(self) -> None:
+        idle = next((file for file, each in self._open.items() if not each.users), None)
+        if idle is not None and len(self._open) >= self._limit:
+            os.close(self._open.pop(idle).descriptor)
 
     def mapped(self, file: Path) -> mmap.mmap:
+        """Return a file's bytes, mapped as long as someone holds them."""
         with self._lock:
             if file not in self._mapped:
-                self._mapped[file] = mmap.mmap(self.descriptor(file), 0, prot=mmap.PROT_READ)
+                if len(self._mapped) >= self._limit:
+                    self._mapped.popitem(last=False)
+                self._mapped[file] = self._map(file)
+            self._mapped.move_to_end(file)
             return self._mapped[file]
+
+    def _map(self, file: Path) -> mmap.mmap:
+        with self.opened(file) as descriptor:
+            if not os.fstat(descriptor).st_size:  # which cannot be mapped
+                raise _ends_early(0)
+            return mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
 
     def __enter__(self) -> "OpenFiles":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         for mapped in self._mapped.values():
-            mapped.close()
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+            with suppress(BufferError):  # an error's traceback may hold a view of it: it goes with that
+                mapped.close()
+        for each in self._open.values():
+            os.close(each.descriptor)
+
+
+def _most_open() -> int:
+    """Leave most of the descriptors that the process may have to others, other `OpenFiles` among them."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN if allowed == resource.RLIM_INFINITY else min(MAX_OPEN, max(2, allowed // 8))
 
 
 class ThreadBuffer(threading.local):
@@ -84,11 +136,12 @@ def _without(views: list[memoryview], count: int) -> list[memoryview]:
 
 def write_from(descriptor: int, view: memoryview | bytes, offset: int) -> None:
     """Write all bytes of `view` at `offset`."""
-    rest = memoryview(view)
-    while rest:
-        count = os.pwrite(descriptor, rest, offset)
-        offset += count
-        rest = rest[count:]
+    written = 0
+    with memoryview(view) as whole:
+        while written < len(whole):
+            # Released at once: what is in the traceback of an error would keep a mapped file from closing.
+            with whole[written:] as rest:
+                written += os.pwrite(descriptor, rest, offset + written)
 
 
 def copy_range(source: mmap.mmap, start: int, nbytes: int, target: int, position: int, crc: int = 0) -> int:

@@ -14,9 +14,11 @@ from bridge.shard_header import TensorSlice
 
 MAX_CHUNK_SIZE = 128 << 20  # bytes; a rank that loads reads whole chunks into memory
 SMALL_CHECKPOINT = 64 << 20  # bytes; up to here one file is enough
-# Above it eight files for every 4 GiB: a worker writes one file at a time.
+# Above it eight files for every 4 GiB: a worker writes one file at a time, and a conversion that was
+# interrupted goes on from whole files. But not more than a loader would want to open.
 GROUP_SIZE = 4 << 30
 FILES_PER_GROUP = 8
+MAX_FILES = 256
 
 
 class ByteRange(NamedTuple):
@@ -111,7 +113,7 @@ def in_layers(name: str) -> list[tuple[int, str]]:
 def split_over_files(pieces: list[Piece]) -> list[list[Piece]]:
     """Share pieces out over files of about equal size, in order."""
     total = sum(piece.nbytes for piece in pieces)
-    count = 1 if total <= SMALL_CHECKPOINT else FILES_PER_GROUP * -(-total // GROUP_SIZE)
+    count = 1 if total <= SMALL_CHECKPOINT else min(MAX_FILES, FILES_PER_GROUP * -(-total // GROUP_SIZE))
     files: list[list[Piece]] = [[] for _ in range(count)]
     position = 0
     for piece in pieces:

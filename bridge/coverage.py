@@ -100,7 +100,8 @@ def _equal_bytes(a: TensorSlice, b: TensorSlice) -> bool:
         for start in range(0, a.nbytes, BUFFER_SIZE):
             size = min(BUFFER_SIZE, a.nbytes - start)
             for tensor, view in zip((a, b), views, strict=True):
-                read_into(files.descriptor(tensor.file), [view[:size]], tensor.offset + start)
+                with files.opened(tensor.file) as descriptor:
+                    read_into(descriptor, [view[:size]], tensor.offset + start)
             if views[0][:size] != views[1][:size]:
                 return False
     return True

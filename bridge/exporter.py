@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bridge.byte_copy import OpenFiles, Progress, ProgressCounter, for_each, write_from
-from bridge.conversion import Conversion, check_workers, origin_of
+from bridge.conversion import Conversion, check_unchanged, check_workers, origin_of
 from bridge.dtypes import check_weight_dtype
 from bridge.families import family_named
 from bridge.hf_checkpoint import CONFIG, INDEX
@@ -66,8 +66,10 @@ def export_checkpoint(
             for file in checkpoint.side_files:
                 shutil.copyfile(file, journal.folder / file.name)
             _ShardWriter(view, journal, counter).write(plan_shards(view.tensors, limit), workers, memory)
+            check_unchanged(origin)
+    seconds, started_over = time.monotonic() - began, journal.started_over
     return Conversion(
-        Path(hf_path), len(view.plan.hf_shapes), total, time.monotonic() - began, counter.resumed
+        Path(hf_path), len(view.plan.hf_shapes), total, seconds, counter.resumed, started_over=started_over
     )
 
 
@@ -88,7 +90,6 @@ class _ShardWriter:
         self._view = view
         self._journal = journal
         self._counter = counter
-        self._targets: dict[int, int] = {}
         self._left: Counter[int] = Counter()
         self._lock = threading.Lock()
 
@@ -101,19 +102,17 @@ class _ShardWriter:
         workers = self._view.fit(memory, workers)
         ranges = [piece for n, shard in waiting.items() for piece in _ranges(n, shard, self._view.tensors)]
         self._left.update(piece.shard for piece in ranges)
-        try:
-            for number, shard in waiting.items():
-                self._targets[number] = create_shard(self._journal.folder / shard.name, shard)
-            for_each(lambda piece: self._copy(piece, shards), _interleaved(ranges, workers), workers)
-        finally:
-            for target in self._targets.values():
-                os.close(target)
+        for shard in waiting.values():
+            create_shard(self._journal.folder / shard.name, shard)
+        with OpenFiles(os.O_WRONLY) as targets:
+            for_each(lambda piece: self._copy(piece, shards, targets), _interleaved(ranges, workers), workers)
 
-    def _copy(self, piece: _Range, shards: list[Shard]) -> None:
+    def _copy(self, piece: _Range, shards: list[Shard], targets: OpenFiles) -> None:
         position = piece.position
-        for data in self._view.read(piece.tensor, piece.first, piece.num_rows):
-            write_from(self._targets[piece.shard], data, position)
-            position += len(data)
+        with targets.opened(self._journal.folder / shards[piece.shard].name) as target:
+            for data in self._view.read(piece.tensor, piece.first, piece.num_rows):
+                write_from(target, data, position)
+                position += len(data)
         written = position - piece.position
         assert written == piece.num_rows * self._view.tensors[piece.tensor].row_size, piece
         with self._lock:

@@ -78,14 +78,14 @@ def _stored_box(tensor: HfTensor, files: OpenFiles, rows: range, columns: range,
 
 def _read_box(tensor: TensorSlice, files: OpenFiles, rows: range, columns: range, width: int) -> torch.Tensor:
     found = torch.empty((len(rows), len(columns)), dtype=getattr(torch, tensor.dtype))
-    data, descriptor, size = bytes_of(found), files.descriptor(tensor.file), found.element_size()
-    start = tensor.offset + (rows.start * width + columns.start) * size
-    if len(columns) == width:
-        read_into(descriptor, [data], start)
-        return found
-    nbytes = len(columns) * size
-    for row in range(len(rows)):
-        read_into(descriptor, [data[row * nbytes : (row + 1) * nbytes]], start + row * width * size)
+    data, size = bytes_of(found), found.element_size()
+    start, nbytes = tensor.offset + (rows.start * width + columns.start) * size, len(columns) * size
+    with files.opened(tensor.file) as descriptor:
+        if len(columns) == width:
+            read_into(descriptor, [data], start)
+            return found
+        for row in range(len(rows)):
+            read_into(descriptor, [data[row * nbytes : (row + 1) * nbytes]], start + row * width * size)
     return found
 
 

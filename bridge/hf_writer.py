@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from bridge.byte_copy import ProgressCounter, write_from
+from bridge.byte_copy import OpenFiles, ProgressCounter, write_from
 from bridge.dtypes import ITEM_SIZES
 from bridge.hf_checkpoint import INDEX
 from bridge.mapping import Shape
@@ -38,22 +38,18 @@ def write_shards(
     The tensors may be on any device; no more than one is held.
     """
     shards = plan_shards(described, parse_size(max_shard_size, "max_shard_size"))
-    files = [create_shard(folder / shard.name, shard) for shard in shards]
-    places = {
-        name: (file, offset)
-        for file, shard in zip(files, shards, strict=True)
-        for name, offset in shard.offsets.items()
-    }
-    try:
+    for shard in shards:
+        create_shard(folder / shard.name, shard)
+    places = {name: (shard.name, at) for shard in shards for name, at in shard.offsets.items()}
+    with OpenFiles(os.O_WRONLY) as files:
         for name, weight in weights:
             data = weight.cpu().contiguous().flatten().view(torch.uint8)
             assert len(data) == described[name].nbytes, f"{name} is {weight.dtype} {list(weight.shape)}"
-            write_from(places[name][0], memoryview(data.numpy()), places.pop(name)[1])
+            file, offset = places.pop(name)
+            with files.opened(folder / file) as target:
+                write_from(target, memoryview(data.numpy()), offset)
             if counter:
                 counter.add(len(data))
-    finally:
-        for file in files:
-            os.close(file)
     assert not places, f"weights for {sorted(places)} did not arrive"
     if len(shards) > 1:
         write_index(folder / INDEX, shards, sum(tensor.nbytes for tensor in described.values()))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bridge.byte_copy import Progress, ProgressCounter
 from bridge.chunk_plan import ChunkPlanner, split_over_files
-from bridge.conversion import Conversion, check_workers, origin_of
+from bridge.conversion import Conversion, check_unchanged, check_workers, origin_of
 from bridge.coverage import check_hf_coverage
 from bridge.dtypes import check_weight_dtype
 from bridge.families import plan_weights, provider_of
@@ -64,9 +64,11 @@ def import_checkpoint(
         write_model(journal.folder, described, [source.path / CONFIG, *source.side_files()])
         write_metadata(journal.folder, metadata)
         ItemWriter(source.tensors, metadata).write(files, journal, workers, memory, counter)
+        check_unchanged(origin)
     seconds = time.monotonic() - began
+    resumed, quantization, started_over = counter.resumed, source.quantization, journal.started_over
     return Conversion(
-        Path(megatron_path), len(plan.hf_shapes), total, seconds, counter.resumed, source.quantization
+        Path(megatron_path), len(plan.hf_shapes), total, seconds, resumed, quantization, started_over
     )
 
 

@@ -144,11 +144,11 @@ def _hf_records(checkpoint: HfCheckpoint, workers: int, progress: Progress | Non
 def _digest_slice(tensor: HfTensor, files: OpenFiles, buffer: memoryview) -> str:
     assert isinstance(tensor, TensorSlice)
     digest = hashlib.sha256()
-    descriptor = files.descriptor(tensor.file)
-    for start in range(0, tensor.nbytes, len(buffer)):
-        view = buffer[: min(len(buffer), tensor.nbytes - start)]
-        read_into(descriptor, [view], tensor.offset + start)
-        digest.update(view)
+    with files.opened(tensor.file) as descriptor:
+        for start in range(0, tensor.nbytes, len(buffer)):
+            view = buffer[: min(len(buffer), tensor.nbytes - start)]
+            read_into(descriptor, [view], tensor.offset + start)
+            digest.update(view)
     return digest.hexdigest()
 
 

@@ -45,8 +45,9 @@ class StoredItems:
         CheckpointError names the file and the key of what is damaged or no plain tensor of this shape.
         """
         if (file, start) not in self._payloads:
-            descriptor, source = self._files.descriptor(file), f"{file}, {key!r}"
-            self._payloads[file, start] = locate_payload(descriptor, start, length, shape, source)
+            with self._files.opened(file) as descriptor:
+                found = locate_payload(descriptor, start, length, shape, f"{file}, {key!r}")
+            self._payloads[file, start] = found
         payload = self._payloads[file, start]
         return self._mapped.elements(file, payload.offset, shape, payload.dtype), payload.dtype
 

@@ -43,7 +43,8 @@ class MappedReader(CachedMetadataFileSystemReader):
     def _object(self, item: ReadItem, files: OpenFiles) -> io.BytesIO:
         stored = self.storage_data[item.storage_index]
         file = Path(self.path, stored.relative_path)
-        return io.BytesIO(os.pread(files.descriptor(file), stored.length, stored.offset))
+        with files.opened(file) as descriptor:
+            return io.BytesIO(os.pread(descriptor, stored.length, stored.offset))
 
     def _read_tensor(self, item: ReadItem, planner: LoadPlanner, items: StoredItems) -> None:
         key, stored = item.storage_index.fqn, self.storage_data[item.storage_index]

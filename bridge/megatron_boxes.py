@@ -46,7 +46,8 @@ def read_box(stored: Rows, rows: range, columns: range, files: OpenFiles) -> tor
                 place = (top - rows.start) * pitch + left - columns.start * size
                 whole = width == tile.width == pitch
                 height, step = (1, (bottom - top) * width) if whole else (bottom - top, width)
-                for row in range(height):
-                    view = target[place + row * pitch :][:step]
-                    read_into(files.descriptor(tile.file), [view], offset + row * tile.width)
+                with files.opened(tile.file) as descriptor:
+                    for row in range(height):
+                        view = target[place + row * pitch :][:step]
+                        read_into(descriptor, [view], offset + row * tile.width)
     return found

@@ -82,7 +82,8 @@ class RowLocator:
         if name not in self._paths:
             self._paths[name] = contained_file(self._folder, name, self._folder / METADATA)
         file = self._paths[name]
-        payload = locate_payload(self._files.descriptor(file), start, length, chunk.sizes, str(file))
+        with self._files.opened(file) as descriptor:
+            payload = locate_payload(descriptor, start, length, chunk.sizes, str(file))
         if payload.dtype != dtype:
             raise CheckpointError(f"{file} holds {key!r} in {payload.dtype}, .metadata says {dtype}")
         return file, payload.offset
@@ -136,12 +137,12 @@ def read_rows(
 def _read_whole(
     row_size: int, tiles: list[Tile], skip: int, count: int, files: OpenFiles, buffer: memoryview
 ) -> Iterator[memoryview]:
-    descriptor = files.descriptor(tiles[0].file)
     start, end = (tiles[0].offset + row * row_size for row in (skip, skip + count))
-    for offset in range(start, end, len(buffer)):
-        view = buffer[: min(len(buffer), end - offset)]
-        read_into(descriptor, [view], offset)
-        yield view
+    with files.opened(tiles[0].file) as descriptor:
+        for offset in range(start, end, len(buffer)):
+            view = buffer[: min(len(buffer), end - offset)]
+            read_into(descriptor, [view], offset)
+            yield view
 
 
 def _read_tiled(
@@ -155,5 +156,6 @@ def _read_tiled(
     for row in range(skip, skip + count, step):
         num_rows = min(step, skip + count - row)
         for tile, views in zip(tiles, places, strict=True):
-            read_into(files.descriptor(tile.file), views[:num_rows], tile.offset + row * tile.width)
+            with files.opened(tile.file) as descriptor:
+                read_into(descriptor, views[:num_rows], tile.offset + row * tile.width)
         yield buffer[: num_rows * row_size]

@@ -16,6 +16,12 @@ SIZE_UNITS = {
 }
 
 
+def readable_size(nbytes: float) -> str:
+    """Write a size in the largest unit of which it has one or more: 3.2 GB."""
+    unit = next((unit for unit in ("TB", "GB", "MB") if nbytes >= SIZE_UNITS[unit]), "KB")
+    return f"{nbytes / SIZE_UNITS[unit]:.1f} {unit}"
+
+
 def parse_size(text: str, setting: str) -> int:
     """Read a size such as "5GB" or "200MiB" in bytes; `setting` names it in errors."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import InputError, StoppedError
+from bridge.sizes import readable_size
 
-SUFFIX = ".partial"
+SUFFIX = ".bridgeworks.partial"  # of a folder that is ours to empty: nobody else gives this name
 JOURNAL = ".journal"
 SPARE_BYTES = 16 << 20  # for metadata and side files
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -30,11 +31,17 @@ class Journal:
     """
 
     def __init__(self, folder: Path, origin: dict[str, Any]) -> None:
-        """Keep the finished files of an earlier writing with the same `origin`; remove everything else."""
+        """Keep the finished files of an earlier writing with the same `origin`; remove everything else.
+
+        `started_over` names what is different now, if that is why an earlier writing's files are not kept.
+        """
         self.folder = folder
         self._lock = threading.Lock()
         head = json.dumps({"origin": origin, "boot": boot_id()}, sort_keys=True)
-        self.finished = _finished_files(folder, head)
+        found = _lines(folder)
+        same = found[:1] == [head + "\n"]
+        self.finished = _finished_files(folder, found[1:]) if same else {}
+        self.started_over = () if same or len(found) < 2 else _differences(found[0], head)
         _empty(folder, keep=self.finished)
         lines = [head, *(json.dumps([name, size]) for name, size in self.finished.items())]
         (folder / JOURNAL).write_text("".join(f"{line}\n" for line in lines))
@@ -51,14 +58,22 @@ def boot_id() -> str:
     return BOOT_ID.read_text().strip() if BOOT_ID.is_file() else f"process {os.getpid()}"
 
 
-def _finished_files(folder: Path, head: str) -> dict[str, int]:
-    journal = folder / JOURNAL
-    lines = journal.read_text().splitlines(keepends=True) if journal.is_file() else []
-    if not lines or lines[0] != head + "\n":
-        return {}
-    entries = [json.loads(line) for line in lines[1:] if line.endswith("\n")]  # the last may be cut off
+def _differences(old: str, new: str) -> tuple[str, ...]:
+    """Name what two journals say otherwise in their first lines."""
+    before, now = ({"boot": head["boot"], **head["origin"]} for head in map(json.loads, (old, new)))
+    return tuple(name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
+
+
+def _finished_files(folder: Path, lines: list[str]) -> dict[str, int]:
+    entries = [json.loads(line) for line in lines]
     paths = {name: folder / name for name, _ in entries}
     return {n: size for n, size in entries if paths[n].is_file() and paths[n].stat().st_size == size}
+
+
+def _lines(folder: Path) -> list[str]:
+    journal = folder / JOURNAL
+    lines = journal.read_text().splitlines(keepends=True) if journal.is_file() else []
+    return [line for line in lines if line.endswith("\n")]  # the last may be cut off
 
 
 @contextmanager
@@ -76,7 +91,7 @@ def staged_folder(destination: Path, nbytes: int) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        partial.rename(destination)
+        _give_name(partial, destination)
 
 
 @contextmanager
@@ -98,40 +113,65 @@ def resumable_folder(destination: Path, nbytes: int, origin: dict[str, Any]) -> 
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        partial.rename(destination)
+        _give_name(partial, destination)
 
 
 @contextmanager
 def _partial_folder(destination: Path) -> Iterator[Path]:
     """Make the folder beside `destination` and lock it; running out of space is an InputError."""
-    if destination.exists():
-        raise InputError(f"{destination} exists already: give another folder or remove it")
     partial = destination.with_name(destination.name + SUFFIX)
-    partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial):
-        try:
-            yield partial
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InputError(f"no space was left while writing {destination}: free some") from error
-            raise
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = _locked(partial, destination)
     try:
-        _take_lock(descriptor, folder)
-        yield
+        yield partial
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"no space was left while writing {destination}: free some") from error
+        raise
     finally:
         os.close(descriptor)
 
 
-def _take_lock(descriptor: int, folder: Path) -> None:
+def _locked(partial: Path, destination: Path) -> int:
+    """Make the folder `partial`; return a descriptor that holds its lock."""
+    while True:
+        if os.path.lexists(destination):  # a link that leads nowhere is in the way as well
+            raise InputError(f"{destination} exists already: give another folder or remove it")
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{partial} cannot be made: {error.strerror}: give another folder") from error
+        descriptor = _lock_of(partial)
+        if descriptor is not None:
+            return descriptor
+
+
+def _lock_of(folder: Path) -> int | None:
+    """Return a descriptor that holds the folder's lock, None if the folder has gone in the meantime."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        os.close(descriptor)
         raise InputError(f"{folder} is being written by another process: wait for it") from error
+    # The lock is the folder's, whatever it is called: who had it may have given the folder its final name.
+    if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _give_name(partial: Path, destination: Path) -> None:
+    try:
+        if os.path.lexists(destination):  # an empty folder would be replaced without a word
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        partial.rename(destination)
+    except OSError as error:
+        raise InputError(
+            f"{partial} is complete, but cannot become {destination} ({error.strerror}): rename it yourself"
+        ) from error
 
 
 def _empty(folder: Path, keep: Iterable[str] = ()) -> None:
@@ -142,8 +182,9 @@ def _empty(folder: Path, keep: Iterable[str] = ()) -> None:
 
 def _check_space(folder: Path, nbytes: int) -> None:
     free = shutil.disk_usage(folder).free
-    if free < nbytes + SPARE_BYTES:
+    needed = nbytes + SPARE_BYTES
+    if free < needed:
         raise InputError(
-            f"{folder.parent} has {free / 1e9:.1f} GB free, {(nbytes + SPARE_BYTES) / 1e9:.1f} GB are needed:"
+            f"{folder.parent} has {readable_size(free)} free, {readable_size(needed)} are needed:"
             " free some space or give another folder"
         )

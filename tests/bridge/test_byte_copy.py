@@ -1,14 +1,17 @@
 """Copies of byte ranges: exact at any offset, in bounded memory, and an error where a file ends early."""
 
+import errno
 import os
+import random
 import subprocess
 import sys
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from bridge.byte_copy import MAPPED_SIZE, OpenFiles, copy_range
+from bridge.byte_copy import MAPPED_SIZE, OpenFiles, copy_range, read_into, write_from
 from bridge.errors import CheckpointError
 
 
@@ -68,3 +71,48 @@ print(peak_bytes() - before)
         [sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True
     )
     assert int(ended.stdout) < 8 << 20
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_an_error_of_the_target_is_the_one_that_is_raised(tmp_path: Path) -> None:
+    """And nothing stays open, although its traceback has seen views of the mapped file."""
+    (tmp_path / "source").write_bytes(bytes(2 * MAPPED_SIZE))
+    before = open_descriptors()
+    with (
+        pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught,
+        OpenFiles() as files,
+        OpenFiles(os.O_WRONLY) as targets,
+        targets.opened(Path("/dev/full")) as target,
+    ):
+        copy_range(files.mapped(tmp_path / "source"), 0, 2 * MAPPED_SIZE, target, 0)
+    assert open_descriptors() == before
+    assert caught.value.errno == errno.ENOSPC
+
+
+def open_descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir() if path.exists()}
+
+
+def test_more_files_than_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads have files in use while others make room for theirs."""
+    monkeypatch.setattr("bridge.byte_copy.MAX_OPEN", 3)
+    data = {tmp_path / str(number): os.urandom(5000) for number in range(20)}
+    for file in data:
+        file.touch()
+
+    def write_and_read(seed: int) -> None:
+        order = random.Random(seed).sample(sorted(data), len(data))
+        for file in order:
+            with targets.opened(file) as target:
+                write_from(target, data[file], 0)
+                write_from(target, data[file][:1000], 0)
+            found = bytearray(5000)
+            with sources.opened(file) as descriptor:
+                read_into(descriptor, [memoryview(found)], 0)
+            assert found == sources.mapped(file)[:] == data[file]
+
+    before = open_descriptors()
+    with OpenFiles() as sources, OpenFiles(os.O_WRONLY) as targets, ThreadPoolExecutor(6) as pool:
+        list(pool.map(write_and_read, range(30)))
+        assert len(open_descriptors() - before) <= 3 * 3 + 1  # of this list itself
+    assert open_descriptors() == before

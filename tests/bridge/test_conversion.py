@@ -164,3 +164,26 @@ def test_the_exported_dtype_follows_the_weights(hf_checkpoint: Checkpoints, tmp_
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
     assert "dtype" not in config
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+import bridge.chunk_plan
+bridge.chunk_plan.SMALL_CHECKPOINT, bridge.chunk_plan.GROUP_SIZE = 0, 60_000
+from bridge.exporter import export_checkpoint
+from bridge.importer import import_checkpoint
+from bridge.ledger import compare_ledgers, ledger
+source, folder = Path(sys.argv[1]), Path(sys.argv[2])
+import_checkpoint(source, folder / "megatron")
+export_checkpoint(folder / "megatron", folder / "hf", max_shard_size="1KB")
+assert min(len(list((folder / name).glob("*.*s*"))) for name in ("megatron", "hf")) > 16
+import_checkpoint(folder / "hf", folder / "again")
+ends = [ledger(folder / name) for name in ("megatron", "hf", "again")]
+assert all(compare_ledgers(ledger(source), end).passed for end in ends)
+"""
+
+
+def test_more_files_than_a_process_may_open(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", FEW_FILES, hf_checkpoint("llama"), tmp_path], check=True)

@@ -1,3 +1,4 @@
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from checkpoints import copy_checkpoint, edit_json
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as distributed_checkpoint
 
-from bridge.errors import CoverageError, InputError, UnsupportedModelError
+from bridge.errors import CheckpointError, CoverageError, InputError, UnsupportedModelError
 from bridge.families import families, plan_weights, provider_of
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.importer import import_checkpoint
@@ -83,7 +84,38 @@ def test_refuses_when_space_is_short(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(InputError, match="GB free"):
+    with pytest.raises(InputError, match="KB free"):
+        import_checkpoint(hf_checkpoint("llama"), tmp_path / "megatron")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", ["shorter", "written anew"])
+def test_a_source_that_changes_meanwhile_is_an_error(change: str, single_file: Path) -> None:
+    """What is missing of a mapped file's last page is read as zeros, without an error."""
+    file = single_file / "model.safetensors"
+    size = file.stat().st_size
+
+    def edit(done: int, total: int) -> None:
+        os.truncate(file, size - 100) if change == "shorter" else file.touch()
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors was changed while it was read"):
+        import_checkpoint(single_file, single_file.parent / "megatron", workers=1, progress=edit)
+    assert [path.name for path in single_file.parent.iterdir()] == ["source"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_disk_that_fills_is_said_in_one_line(
+    hf_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def full(path: Path, flags: int, *mode: int, **where: int) -> int:
+        return real(
+            "/dev/full" if Path(path).suffix == ".distcp" else path, flags & ~os.O_EXCL, *mode, **where
+        )
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(InputError, match="no space was left while writing"):
         import_checkpoint(hf_checkpoint("llama"), tmp_path / "megatron")
     assert not list(tmp_path.iterdir())
 

@@ -16,6 +16,7 @@ from bridge.conversion import Conversion
 from bridge.errors import InputError
 from bridge.exporter import export_checkpoint
 from bridge.importer import import_checkpoint
+from bridge.staging import SUFFIX
 
 Checkpoints = Callable[..., Path]
 
@@ -44,7 +45,7 @@ def killed(convert: Callable[..., Conversion], source: Path, destination: Path, 
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     assert not destination.exists()
-    return destination.with_name(f"{destination.name}.partial")
+    return destination.with_name(f"{destination.name}{SUFFIX}")
 
 
 def assert_same_files(a: Path, b: Path) -> None:
@@ -85,8 +86,16 @@ def test_a_killed_export_goes_on(megatron_checkpoint: Checkpoints, tmp_path: Pat
     assert_same_files(second.path, whole.path)
 
 
+WHAT_DIFFERS: dict[str, tuple[str, ...]] = {
+    "source": ("files",),
+    "settings": ("dtypes",),
+    "reboot": ("boot",),
+    "damage": (),  # the file does not count as finished
+}
+
+
 @pytest.mark.usefixtures("many_files")
-@pytest.mark.parametrize("change", ["source", "settings", "reboot", "damage"])
+@pytest.mark.parametrize("change", WHAT_DIFFERS)
 def test_starts_over_after_a_change(
     change: str, hf_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +113,7 @@ def test_starts_over_after_a_change(
             path.write_bytes(path.read_bytes()[:-1])
     second = import_checkpoint(source, tmp_path / "megatron", dtype=dtype)
     assert second.resumed == 0
+    assert second.started_over == WHAT_DIFFERS[change]
     assert_same_files(second.path, import_checkpoint(source, tmp_path / "whole", dtype=dtype).path)
 
 
@@ -116,7 +126,7 @@ def test_what_is_there_needs_no_space(
     monkeypatch.setattr("bridge.staging.SPARE_BYTES", 0)
     usage = shutil.disk_usage(tmp_path)._replace(free=200_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(InputError, match="GB free"):
+    with pytest.raises(InputError, match="KB free"):
         import_checkpoint(source, tmp_path / "other")
     assert import_checkpoint(source, tmp_path / "megatron").resumed
 
@@ -124,7 +134,7 @@ def test_what_is_there_needs_no_space(
 def test_one_that_is_stopped_can_go_on_and_one_that_fails_leaves_nothing(
     hf_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    for error, left in ((KeyboardInterrupt, ["megatron.partial"]), (RuntimeError, [])):
+    for error, left in ((KeyboardInterrupt, [f"megatron{SUFFIX}"]), (RuntimeError, [])):
 
         def fail(done: int, total: int, error: type[BaseException] = error) -> None:
             raise error

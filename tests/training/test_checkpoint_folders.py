@@ -1,3 +1,4 @@
+from bridge.staging import SUFFIX
 from training.checkpoint_folders import (
     REMOVED,
     complete_checkpoints,
@@ -19,7 +20,7 @@ def names(root):
 
 def test_only_whole_folders_count(tmp_path):
     folders(
-        tmp_path, "iter_0000020", "iter_10000000", "iter_0000030.partial", f"iter_0000010{REMOVED}", "other"
+        tmp_path, "iter_0000020", "iter_10000000", f"iter_0000030{SUFFIX}", f"iter_0000010{REMOVED}", "other"
     )
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["iter_0000020", "iter_10000000"]
     remove_leftovers(tmp_path)
