@@ -4,18 +4,15 @@ import gc
 import math
 import signal
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
-from bridge.distributed import device
 from training import fp8_state
 from training.faults import SKIP, Fault
 from training.heartbeat import EVALUATION, BeatingData
-from training.metrics import append_metrics, close_torn_line
-from training.pipeline import run_batch, sums_of_all_ranks
+from training.pipeline import highest_of_all_ranks, run_batch, sums_of_all_ranks
 from training.setup import Run, iterators, whole_parameters
 from training.throughput import throughput
 
@@ -60,18 +57,15 @@ class Callback:
 
 
 class MetricsLog(Callback):
-    """Appends a line for every iteration to the metrics file, and prints one now and then."""
+    """Writes the numbers of every iteration to where the metrics go, and prints a line now and then."""
 
     def before_training(self, run: Run) -> None:
-        path = metrics_path(run)
-        if path is not None and path.is_file():
-            close_torn_line(path)
-            append_metrics(path, {"resumed_at": run.iteration})
+        if run.is_first_rank:
+            run.metrics.open(run.config.logger, run.iteration)
 
     def after_step(self, run: Run, step: Step) -> None:
         line = metrics_of(run, step)
-        if (path := metrics_path(run)) is not None:
-            append_metrics(path, line)
+        run.metrics.write(run.iteration, line)
         if run.is_first_rank and is_due(run, run.config.logger.log_interval):
             print(
                 f"iteration {run.iteration}/{run.config.train.train_iters}: loss {step.loss:.4f},"
@@ -79,6 +73,12 @@ class MetricsLog(Callback):
                 f" {line['tokens_per_second']:.0f} tokens/s, {line['tflops_per_gpu']:.3g} TFLOP/s a rank",
                 flush=True,
             )
+
+    def after_training(self, run: Run) -> None:
+        run.metrics.close()
+
+    def after_failure(self, run: Run) -> None:
+        run.metrics.close()
 
 
 class Validation(Callback):
@@ -91,8 +91,7 @@ class Validation(Callback):
         if not is_due(run, run.config.train.eval_interval):
             return
         loss = validation_loss(run, self.dataset)
-        if (path := metrics_path(run)) is not None:
-            append_metrics(path, {"iteration": run.iteration, "validation_loss": loss})
+        run.metrics.write(run.iteration, {"validation_loss": loss})
         if run.is_first_rank:
             print(f"iteration {run.iteration}: validation loss {loss:.4f}", flush=True)
 
@@ -102,17 +101,27 @@ class StopOnSignal(Callback):
 
     def __init__(self) -> None:
         self.received = False
+        self.handler_before: Any = None
 
     def before_training(self, run: Run) -> None:
-        signal.signal(signal.SIGTERM, self.note)
+        self.handler_before = signal.signal(signal.SIGTERM, self.note)
 
     def note(self, number: int, frame: Any) -> None:
         self.received = True
 
     def after_step(self, run: Run, step: Step) -> None:
-        received = torch.tensor(int(self.received), device=device())
-        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
-        run.should_stop = bool(received.item())
+        run.should_stop = highest_of_all_ranks(self.received) > 0
+
+    def after_training(self, run: Run) -> None:
+        self.restore()
+
+    def after_failure(self, run: Run) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Leave SIGTERM to whoever had it before the run."""
+        if self.handler_before is not None:
+            signal.signal(signal.SIGTERM, self.handler_before)
 
 
 class GarbageCollection(Callback):
@@ -141,16 +150,10 @@ def is_due(run: Run, interval: int | None) -> bool:
     return at_end or (interval is not None and run.iteration % interval == 0)
 
 
-def metrics_path(run: Run) -> Path | None:
-    """Return the metrics file on the one rank that writes it."""
-    path = run.config.logger.metrics_path
-    return Path(path) if path is not None and run.is_first_rank else None
-
-
 def metrics_of(run: Run, step: Step) -> dict[str, Any]:
+    """Return the numbers of the iteration that has just ended; all ranks ask together."""
     train = run.config.train
     return {
-        "iteration": run.iteration,
         "train_iters": train.train_iters,
         **({"loss": step.loss} if math.isfinite(step.loss) else {}),
         "learning_rate": step.learning_rate,

@@ -3,28 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 
 from bridge import live_checkpoint, restricted_load
-from bridge.errors import BridgeworksError, CheckpointError
 from bridge.megatron_checkpoint import resolve_checkpoint
 from bridge.pipeline_split import COUNTED, UNEVEN
 from bridge.pretrained import resolve_pretrained
 from training import fp8_state
-from training.checkpoint_folders import (
-    complete_checkpoints,
-    iteration_of,
-    remove_leftovers,
-    set_aside,
-    write_latest,
-)
-from training.checkpoint_record import check_files
+from training.checkpoint_choice import last_checkpoint
 from training.config import ConfigContainer
 from training.optimizer_groups import fit_groups
 from training.optimizer_state import SHARDING, local_state
 from training.random_state import set_random_state, sharded_random_state
-from training.resume_checks import check_resume
+from training.resume_checks import read_run_config
 from training.setup import Run
 
 DELAYED = "delayed"
@@ -51,55 +42,11 @@ def load_first_weights(run: Run, source: Path) -> None:
         run.optimizer.reload_model_params()
         return
     # FP8 weights cannot be filled in place, and the master weights must not go through FP8
-    state = restricted_load.load(live_checkpoint.model_state(run.model), resolve_checkpoint(source))
+    folder, weights = resolve_checkpoint(source), live_checkpoint.model_state(run.model)
+    live_checkpoint.check_vocabulary(run.model, folder)
+    state = restricted_load.load(weights, folder, common=False)
     live_checkpoint.load_model_state(run.model, state)
     run.optimizer.reload_model_params(state_dict=state)
-
-
-def last_checkpoint(config: ConfigContainer) -> Path | None:
-    """Return the first rank's choice on every rank, or raise its error there."""
-    choice: list[Path | BridgeworksError | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        choice = [answer_or_error(config)]
-    torch.distributed.broadcast_object_list(choice, src=0)
-    if isinstance(choice[0], BridgeworksError):
-        raise choice[0]
-    return choice[0]
-
-
-def answer_or_error(config: ConfigContainer) -> Path | BridgeworksError | None:
-    try:
-        return choose_checkpoint(config)
-    except BridgeworksError as error:
-        return error
-
-
-def choose_checkpoint(config: ConfigContainer) -> Path | None:
-    """Return the newest checkpoint, whole and of the same data and model, after removing what is none.
-
-    A damaged one is a CheckpointError, or set aside if the config says so.
-    """
-    root = Path(str(config.checkpoint.save))
-    remove_leftovers(root)
-    for folder in reversed(complete_checkpoints(root)):
-        if is_whole(folder, config.checkpoint.fall_back_if_damaged):
-            check_resume(config, folder)
-            write_latest(root, iteration_of(folder))
-            return folder
-    return None
-
-
-def is_whole(folder: Path, fall_back: bool) -> bool:
-    try:
-        check_files(folder)
-    except CheckpointError as error:
-        if not fall_back:
-            raise CheckpointError(
-                f"{error}: restore it, or set checkpoint.fall_back_if_damaged to go on from the one before it"
-            ) from error
-        print(f"{error}: it is now {set_aside(folder)}", flush=True)
-        return False
-    return True
 
 
 def load(run: Run, folder: Path) -> None:
@@ -113,7 +60,7 @@ def load(run: Run, folder: Path) -> None:
     state = restricted_load.load(requested, folder)
     live_checkpoint.load_model_state(run.model, state)
     run.optimizer.load_state_dict(fit_groups(state["optimizer"], run.optimizer))
-    run.scheduler.load_state_dict(state["opt_param_scheduler"])
+    run.scheduler.load_state_dict(scheduler_state(state["opt_param_scheduler"], run.config, folder))
     run.faults.load_state_dict(state["faults"])
     if "rng_state" in state:
         set_random_state(state["rng_state"])
@@ -121,6 +68,15 @@ def load(run: Run, folder: Path) -> None:
         fp8_state.load_fp8_state(run.model, state[fp8_state.KEY])
     run.iteration, run.consumed_samples = state["iteration"], state["consumed_samples"]
     run.source = folder
+
+
+def scheduler_state(saved: dict[str, Any], config: ConfigContainer, folder: Path) -> dict[str, Any]:
+    """Return the schedule's state after as many iterations as before, were all of them of this batch size.
+
+    Megatron's schedule counts samples; its lengths are iterations, each of `train.global_batch_size` samples.
+    """
+    before = read_run_config(folder)["train"]["global_batch_size"]
+    return {**saved, "num_steps": saved["num_steps"] * config.train.global_batch_size // before}
 
 
 def state_of(run: Run, *, is_loading: bool) -> dict[str, Any]:

@@ -3,11 +3,10 @@
 import time
 from pathlib import Path
 
-from training.callbacks import Callback, Step, is_due, metrics_path
+from training.callbacks import Callback, Step, is_due
 from training.checkpoint_folders import remove_old
 from training.checkpoint_saving import Saver, Sealed
 from training.hf_exports import Export, HfExports
-from training.metrics import append_metrics
 from training.setup import Run
 
 
@@ -39,9 +38,8 @@ class Checkpoints(Callback):
         if run.should_stop or is_due(run, run.config.checkpoint.save_interval):
             self._save(run)
             worked = True
-        if worked and (path := metrics_path(run)) is not None:
-            stall = time.monotonic() - started
-            append_metrics(path, {"iteration": run.iteration, "checkpoint_seconds": stall})
+        if worked:
+            run.metrics.write(run.iteration, {"checkpoint_seconds": time.monotonic() - started})
         if self.exports is not None:
             self._report(run, self.exports.poll())
 
@@ -81,9 +79,8 @@ class Checkpoints(Callback):
             return False
         if run.is_first_rank:
             print(f"iteration {sealed.iteration}: saved {sealed.folder}", flush=True)
-        if run.config.checkpoint.async_save and (path := metrics_path(run)) is not None:
-            line = {"iteration": sealed.iteration, "checkpoint_written_seconds": sealed.seconds}
-            append_metrics(path, line)
+        if run.config.checkpoint.async_save:
+            run.metrics.write(sealed.iteration, {"checkpoint_written_seconds": sealed.seconds})
         if self.exports is not None:
             self.exports.add(sealed.folder)
         return True
@@ -94,6 +91,5 @@ class Checkpoints(Callback):
                 self.failed.append(export)
             done = f"exported {export.folder}" if export.error is None else f"export failed: {export.error}"
             print(f"iteration {export.iteration}: {done}", flush=True)
-            if (path := metrics_path(run)) is not None:
-                key = "export_error" if export.error is not None else "exported"
-                append_metrics(path, {"iteration": export.iteration, key: export.error or str(export.folder)})
+            key = "export_error" if export.error is not None else "exported"
+            run.metrics.write(export.iteration, {key: export.error or str(export.folder)})

@@ -1,7 +1,10 @@
 """The text of a run: Megatron's GPT datasets, in an order that the data-parallel size does not change."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import torch
@@ -104,7 +107,10 @@ def build_mock_datasets(
 def batches(
     dataset: Any, *, consumed_samples: int, micro_batch_size: int, num_workers: int = 0
 ) -> Iterator[Batch]:
-    """Return an iterator over this rank's micro-batches, from sample `consumed_samples` of the run on."""
+    """Return an iterator over this rank's micro-batches, from sample `consumed_samples` of the run on.
+
+    Asking for more than `dataset` has is a ConfigError.
+    """
     sampler = MicroBatchSampler(
         total_samples=len(dataset),
         consumed_samples=consumed_samples,
@@ -116,11 +122,38 @@ def batches(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
+        worker_init_fn=outlive_sigterm,
         pin_memory=torch.cuda.is_available(),
         # its own generator: the default one belongs to the model, and a resumed run puts it back
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return or_error(iter(loader), len(dataset))
+
+
+def or_error(batches: Iterator[Batch], num_samples: int) -> Iterator[Batch]:
+    """Yield `batches`; asking for more is an error that says why there are none."""
+    yield from batches
+    raise ConfigError(
+        f"the data are used up: there are {num_samples} samples, which is too few for this run; ask for fewer"
+        " iterations, or for text in dataset.blend, which is read as often as it takes"
+    )
+
+
+def outlive_sigterm(worker: int) -> None:
+    """Let this worker process end by the word of its rank only, whoever else sends SIGTERM.
+
+    torchrun and schedulers tell every process of a job to stop, and a rank reads on until it has saved. To
+    ignore the signal is not enough: a rank that exits ends its workers by SIGTERM and waits for them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=end_with_rank, args=(os.getppid(),), daemon=True).start()
+
+
+def end_with_rank(process_id: int) -> None:
+    """End this process when that one sends it SIGTERM."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != process_id:
+        pass
+    os._exit(0)
 
 
 @dataclass(frozen=True)

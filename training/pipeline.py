@@ -49,3 +49,10 @@ def sums_of_all_ranks(results: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     # one message to all, which gives every rank the same bits: they decide by this number what to do
     torch.distributed.all_reduce(sums)
     return sums / parallel_state.get_tensor_model_parallel_world_size()
+
+
+def highest_of_all_ranks(value: float) -> float:
+    """Return the highest `value` of any rank, on every rank."""
+    highest = torch.tensor(value, dtype=torch.float64, device=device())
+    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+    return highest.item()

@@ -34,9 +34,9 @@ from training.hang_watch import HangWatch
 from training.heartbeat import BATCH, OPTIMIZER, BeatingData
 from training.pipeline import run_batch, sums_of_all_ranks
 from training.profiling import window_callbacks
+from training.run_lock import sole_run
 from training.setup import ForwardStep, Run, build_data, compute_capability, iterators, set_up
 from training.stopwatch import TimedData, timed_forward
-from training.tensorboard_log import TensorBoardLog
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again and it goes on
 
@@ -69,12 +69,8 @@ def pretrain(
     started = time.monotonic()
     prepare(config)
     run = set_up(config, forward_step)
-    datasets = build_data(run)
-    checkpoint.start_or_resume(run)
-    data_iterators = iterators(run, datasets["train"], run.consumed_samples)
-    timeout = config.resilience.hang_timeout
-    with HangWatch(run.heart, timeout, report) if report and timeout else nullcontext():
-        loss = train(run, data_iterators, callbacks_of(run, datasets))
+    with sole_run(config.checkpoint.save):
+        loss = load_and_train(run, report)
     stopped = run.iteration < config.train.train_iters
     return {
         "iteration": run.iteration,
@@ -89,6 +85,15 @@ def pretrain(
     }
 
 
+def load_and_train(run: Run, report: Path | None) -> float | None:
+    checkpoint.start_or_resume(run)
+    datasets = build_data(run)
+    data_iterators = iterators(run, datasets["train"], run.consumed_samples)
+    timeout = run.config.resilience.hang_timeout
+    with HangWatch(run.heart, timeout, report) if report and timeout else nullcontext():
+        return train(run, data_iterators, callbacks_of(run, datasets))
+
+
 def prepare(config: ConfigContainer) -> None:
     """Check the config before any process group exists, and fill what follows from this job."""
     started = torch.distributed.is_initialized()
@@ -99,12 +104,11 @@ def prepare(config: ConfigContainer) -> None:
 
 
 def callbacks_of(run: Run, datasets: dict[str, Any]) -> list[Callback]:
-    """Return what the config asks to happen around the iterations, in this order."""
+    """Return what the config asks to happen around the iterations, in this order but at their end."""
     config = run.config
     return [
         *([GarbageCollection()] if config.train.manual_gc else []),
         MetricsLog(),
-        *([TensorBoardLog()] if config.logger.tensorboard_dir is not None else []),
         *([Validation(datasets["valid"])] if "valid" in datasets else []),
         *window_callbacks(config.profiling),
         StopOnSignal(),
@@ -135,7 +139,7 @@ def run_iterations(
             callback.after_step(run, step)
         loss = loss if step.is_skipped else step.loss
         run.heart.is_warm = True
-    for callback in callbacks:
+    for callback in reversed(callbacks):  # the last checkpoint has numbers to write, and SIGTERM waits for it
         run.heart.beat(type(callback).__name__, limited=not callback.takes_long)
         callback.after_training(run)
     return loss

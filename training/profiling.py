@@ -94,7 +94,10 @@ class NsysWindow(Window):
 
 
 class MemoryHistory(Window):
-    """Writes every allocation of the window with its stack, for https://pytorch.org/memory_viz."""
+    """Writes every allocation of the window with its stack, for https://pytorch.org/memory_viz.
+
+    An error ends the window: the memory that was too little is what the history is looked at for.
+    """
 
     def open(self) -> None:
         torch.cuda.memory._record_memory_history(max_entries=200_000)
@@ -102,3 +105,6 @@ class MemoryHistory(Window):
     def close(self) -> None:
         torch.cuda.memory._dump_snapshot(str(self.file("memory.pickle")))
         torch.cuda.memory._record_memory_history(enabled=None)
+
+    def after_failure(self, run: Run) -> None:
+        self.set(False)

@@ -68,8 +68,10 @@ def check_resume(config: ConfigContainer, folder: Path) -> None:
     """Refuse by ConfigError to go on from `folder` with another model, or with other data unless told so."""
     saved = read_run_config(folder)
     check_model(config.model, saved["model"], folder)
+    check_schedule(config, saved["train"]["global_batch_size"], folder)
     if not config.checkpoint.allow_changed_data:
         check_data(describe_data(config), read_record(folder)["data"], folder)
+        check_loss(config.dataset.eod_mask_loss, saved["dataset"]["eod_mask_loss"], folder)
 
 
 def read_run_config(folder: Path) -> dict[str, Any]:
@@ -89,6 +91,27 @@ def check_model(model: GPTModelProvider, saved: dict[str, Any], folder: Path) ->
                 f"model.{name} is {now[name]!r}, but {before[name]!r} in the checkpoint {folder}: this is"
                 " another model; give the same, or another checkpoint.save"
             )
+
+
+def check_schedule(config: ConfigContainer, before: int, folder: Path) -> None:
+    """Refuse another batch size where the learning rate depends on samples, not on iterations."""
+    scheduler, now = config.scheduler, config.train.global_batch_size
+    # Megatron's formula has one sample in the place of a warm-up of none
+    by_samples = scheduler.lr_decay_style == "inverse-square-root" and not scheduler.lr_warmup_iters
+    if by_samples and now != before:
+        raise ConfigError(
+            f"train.global_batch_size is {now}, but was {before} in the checkpoint {folder}: without warm-up"
+            " the learning rate of inverse-square-root counts samples, and would jump; give the same"
+        )
+
+
+def check_loss(now: bool, before: bool, folder: Path) -> None:
+    """Refuse to measure the loss on other tokens than before."""
+    if now != before:
+        raise ConfigError(
+            f"dataset.eod_mask_loss is {now}, but was {before} in the checkpoint {folder}: losses would be of"
+            f" other tokens; give the same, {NEW_RUN}, or set checkpoint.allow_changed_data"
+        )
 
 
 def check_data(now: dict[str, Any], before: dict[str, Any], folder: Path) -> None:

@@ -19,6 +19,7 @@ from training.config import ConfigContainer
 from training.faults import Faults, RefusableOptimizer
 from training.heartbeat import Heart
 from training.megatron_settings import ddp_settings, optimizer_settings, transformer_settings
+from training.run_metrics import RunMetrics
 from training.stopwatch import Stopwatch
 from training.user_buffers import start_user_buffers
 
@@ -42,6 +43,7 @@ class Run:
     should_stop: bool = False
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     heart: Heart = field(default_factory=Heart)
+    metrics: RunMetrics = field(default_factory=RunMetrics)
 
     @property
     def is_first_rank(self) -> bool:
@@ -146,9 +148,13 @@ def build_scheduler(config: ConfigContainer, optimizer: RefusableOptimizer) -> O
 
 
 def build_data(run: Run) -> dict[str, Any]:
-    """Build the datasets of the run: what it trains on, and what it validates with if it does."""
+    """Build the datasets of the run: what it trains on, and what it validates with if it does.
+
+    The run has been loaded: what it has read so far may have been in batches of another size.
+    """
     train = run.config.train
-    sizes: dict[str, int | None] = {"train": train.train_iters * train.global_batch_size}
+    remaining = max(0, train.train_iters - run.iteration) * train.global_batch_size
+    sizes: dict[str, int | None] = {"train": run.consumed_samples + remaining}
     if train.eval_interval is not None:
         sizes["valid"] = train.eval_iters * train.global_batch_size
     provider, dataset = run.config.model, run.config.dataset

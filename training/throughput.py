@@ -6,6 +6,7 @@ import torch
 
 from bridge.distributed import device
 from training.flops import flops_per_token
+from training.pipeline import highest_of_all_ranks
 
 if TYPE_CHECKING:
     from training.callbacks import Step
@@ -18,7 +19,7 @@ GIB = 2**30
 
 
 def throughput(run: "Run", step: "Step") -> dict[str, float]:
-    """Return what the iteration that has just ended says about speed and memory."""
+    """Return what the iteration that has just ended says about speed and memory; all ranks ask together."""
     train, model = run.config.train, run.config.model
     ranks = torch.distributed.get_world_size()
     tokens = train.global_batch_size * model.seq_length / step.seconds
@@ -41,10 +42,10 @@ def peak_share(peak_tflops: float | None, tflops: float) -> dict[str, float]:
 
 
 def peak_memory() -> dict[str, float]:
-    """Return the most memory that this rank's tensors have taken on its GPU, in GiB."""
+    """Return the most memory that any rank's tensors have taken on its GPU, in GiB; a collective."""
     if not torch.cuda.is_available():
         return {}
-    return {"peak_memory_gib": torch.cuda.max_memory_allocated() / GIB}
+    return {"peak_memory_gib": highest_of_all_ranks(torch.cuda.max_memory_allocated() / GIB)}
 
 
 def part_seconds(spans: dict[str, float]) -> dict[str, float]:

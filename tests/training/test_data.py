@@ -5,10 +5,11 @@ import json
 import pytest
 from process_groups import run_ranks
 
+from bridge.errors import ConfigError
 from training.build_dataset import build_dataset
 from training.config import DatasetConfig
 from training.corpus import Corpus
-from training.data import MicroBatchSampler, build_datasets
+from training.data import MicroBatchSampler, build_datasets, or_error
 
 SIZE = 8
 READINGS = {
@@ -71,6 +72,13 @@ def test_every_layout_takes_the_samples_in_turn(micro, ranks):
     samplers = [MicroBatchSampler(64, 24, micro, rank, ranks) for rank in range(ranks)]
     taken = [index for turn in zip(*samplers, strict=True) for batch in turn for index in batch]
     assert taken == list(range(24, 64))
+
+
+def test_used_up_data_are_named():
+    batches = or_error(iter([{}, {}]), 4)
+    assert [next(batches), next(batches)] == [{}, {}]
+    with pytest.raises(ConfigError, match="the data are used up: there are 4 samples"):
+        next(batches)
 
 
 def test_mistakes_are_named_before_anything_is_built(dataset, tmp_path):

