@@ -71,9 +71,10 @@ class OpenFiles:
             return self._open[file]
 
     def _make_room(self) -> None:
-        idle = next((file for file, each in self._open.items() if not each.users), None)
-        if idle is not None and len(self._open) >= self._limit:
-            os.close(self._open.pop(idle).descriptor)
+        if len(self._open) >= self._limit:
+            idle = [file for file, each in self._open.items() if not each.users]
+            for file in idle[: len(self._open) - self._limit + 1]:
+                os.close(self._open.pop(file).descriptor)
 
     def mapped(self, file: Path) -> mmap.mmap:
         """Return a file's bytes, mapped as long as someone holds them."""
