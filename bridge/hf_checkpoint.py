@@ -1,5 +1,7 @@
 """Reader of a Hugging Face checkpoint folder: its config, and where each tensor lies in the shards."""
 
+import fnmatch
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE_SHARD = "model.safetensors"
 
-# Files that belong to a checkpoint besides its config and weights. No code: *.py is not among them.
+# Files that belong to a checkpoint besides config and weights: their names fit a pattern and end as below.
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer*",
@@ -28,6 +30,8 @@ SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+# Neither code nor pickles; Mistral numbers its tokenizers: tokenizer.model.v3, tokenizer.model.v7m1.
+SIDE_SUFFIX = re.compile(r"|\.(json|txt|md|model|jinja|tiktoken)|\.v\d+(m\d+)?")
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def side_files(folder: Path) -> list[Path]:
     """List the side files of a checkpoint folder, in order of name."""
-    found = {path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
-    found = {path for path in found if path.suffix != ".py"}
+    found = sorted(path for path in folder.iterdir() if is_side_file(path.name) and path.is_file())
     for path in found:
         check_contained(folder, path)
-    return sorted(found)
+    return found
+
+
+def is_side_file(name: str) -> bool:
+    """Say whether a file of this name belongs to a checkpoint besides its config and weights."""
+    is_named = any(fnmatch.fnmatchcase(name, pattern) for pattern in SIDE_FILES)
+    return is_named and SIDE_SUFFIX.fullmatch(Path(name).suffix) is not None
 
 
 def _read_tensors(folder: Path) -> dict[str, TensorSlice]:

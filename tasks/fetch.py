@@ -3,7 +3,6 @@
 Only what a conversion reads is copied: config, tokenizer, licence, safetensors shards; no pickles, no code.
 """
 
-import fnmatch
 import hashlib
 import json
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 from bridge.contained_path import check_contained
 from bridge.errors import CheckpointError, InputError
 from bridge.families import provider_of
-from bridge.hf_checkpoint import CONFIG, INDEX, SIDE_FILES, SINGLE_SHARD, HfCheckpoint, read_config
+from bridge.hf_checkpoint import CONFIG, INDEX, SINGLE_SHARD, HfCheckpoint, is_side_file, read_config
 from bridge.job import write_json
 from tasks.address import COMMIT, Address, call, explain, open_filesystem, parse_address, remote_errors
 from tasks.errors import StoreError
@@ -82,10 +81,8 @@ def survey(address: Address) -> Source:
 
 def may_fetch(name: str) -> bool:
     """Tell whether a file of this name is weights, config or tokenizer; subfolders are left alone."""
-    patterns = (CONFIG, INDEX, "*.safetensors", *SIDE_FILES)
-    return (
-        "/" not in name and not name.endswith(".py") and any(fnmatch.fnmatch(name, each) for each in patterns)
-    )
+    weights = name in (CONFIG, INDEX) or name.endswith(".safetensors")
+    return "/" not in name and (weights or is_side_file(name))
 
 
 def fetch_checkpoint(

@@ -74,10 +74,17 @@ def test_reads_a_single_file_without_index(tmp_path: Path) -> None:
 
 
 def test_side_files_are_tokenizer_and_licence_but_no_code(checkpoint: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "LICENSE", "tokenizer_evil.py", "README.md"):
+    wanted = {
+        *("LICENSE", "LICENSE-MODEL", "LICENSE.txt", "NOTICE.md", "chat_template.jinja", "qwen.tiktoken"),
+        *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json"),
+        *("tokenizer.model.v7m1", "vocab.txt", "merges.txt"),
+    }
+    others = ("README.md", "tokenizer_evil.py", "tokenizer.pkl", "tokenizer_evil.so", "tokenizer.json.pkl")
+    others = (*others, "chat_template.bin", "LICENSE.pt", "tokenizer.model.pth", "evil.sh", "tokenizer.v")
+    for name in (*wanted, *others):
         (checkpoint / name).write_text("{}")
     names = [path.name for path in HfCheckpoint.open(checkpoint).side_files()]
-    assert names == ["LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert names == sorted({*wanted, "generation_config.json"})
 
 
 def test_a_snapshot_of_the_hub_cache_may_link_to_its_blobs(checkpoint: Path, tmp_path: Path) -> None:

@@ -26,7 +26,8 @@ COMMIT = "c0ffee" + "0" * 34
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_hf_checkpoint(tmp_path_factory.mktemp("source") / "hf", "llama")
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    for name in ("pytorch_model.bin", "tokenizer.pkl", "tokenizer_evil.so"):
+        (folder / name).write_bytes(b"a pickle or a library")
     (folder / "modeling_llama.py").write_text("raise SystemExit('remote code')")
     return folder
 
@@ -57,8 +58,10 @@ def test_copies_config_tokenizer_and_weights_but_no_pickle_and_no_code(
 ) -> None:
     record = fetch_checkpoint(str(checkpoint), tmp_path / "checkpoint")
     assert contents(tmp_path / "checkpoint") == wanted(checkpoint)
-    assert "pytorch_model.bin" not in record["versions"]
-    assert not list((tmp_path / "checkpoint").glob("*.py"))
+    for pattern in ("*.bin", "*.pkl", "*.so", "*.py"):
+        assert list(checkpoint.glob(pattern))
+        assert not list((tmp_path / "checkpoint").glob(pattern))
+    assert "tokenizer.pkl" not in record["versions"]
     assert record["uri"] == str(checkpoint)
     assert record["trust_remote_code"] is False
 
