@@ -201,6 +201,9 @@ def _report(conversion: Any, json: bool) -> None:
         )
         if conversion.resumed:
             print(f"{conversion.resumed:,} of the bytes were there from an interrupted conversion")
+        if conversion.started_over:
+            other = ", ".join(conversion.started_over)
+            print(f"what an interrupted conversion had finished was not used: other {other}")
         if conversion.quantization:
             print(f"weights quantised by {conversion.quantization} were written as what they stand for")
 

@@ -3,13 +3,20 @@
 Each imports its own half, and only when it runs: a small model is converted in less time than Python starts.
 """
 
+import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bridge.conversion import Conversion
 from bridge.errors import InputError
+from bridge.staging import SUFFIX
 from flows.console import progress
+
+FETCHED = ".bridgeworks.fetched"  # of a folder that is ours to remove: nobody else gives this name
 
 
 def import_from(hf: str, megatron: Path, **options: Any) -> Conversion:
@@ -20,17 +27,18 @@ def import_from(hf: str, megatron: Path, **options: Any) -> Conversion:
     from bridge.importer import import_checkpoint
 
     if "://" not in hf:
-        with progress("importing") as show:
+        with _saying_how_to_go_on(megatron), progress("importing") as show:
             return import_checkpoint(hf, megatron, progress=show, **options)
     from tasks.fetch import fetch_checkpoint
 
-    if megatron.exists():
+    if os.path.lexists(megatron):
         raise InputError(f"{megatron} exists: choose another folder")
-    fetched = megatron.with_name(f"{megatron.name}.fetched")
-    with progress("fetching") as show:
-        fetch_checkpoint(hf, fetched / "checkpoint", on_progress=show)
-    with progress("importing") as show:
-        conversion = import_checkpoint(fetched / "checkpoint", megatron, progress=show, **options)
+    fetched = megatron.with_name(megatron.name + FETCHED)
+    with _saying_how_to_go_on(megatron, fetched):
+        with progress("fetching") as show:
+            fetch_checkpoint(hf, fetched / "checkpoint", on_progress=show)
+        with progress("importing") as show:
+            conversion = import_checkpoint(fetched / "checkpoint", megatron, progress=show, **options)
     shutil.rmtree(fetched)
     return conversion
 
@@ -39,5 +47,18 @@ def export_to(megatron: Path, hf: Path, **options: Any) -> Conversion:
     """Export a checkpoint, with `export_checkpoint`'s options."""
     from bridge.exporter import export_checkpoint
 
-    with progress("exporting") as show:
+    with _saying_how_to_go_on(hf), progress("exporting") as show:
         return export_checkpoint(megatron, hf, progress=show, **options)
+
+
+@contextmanager
+def _saying_how_to_go_on(result: Path, *others: Path) -> Iterator[None]:
+    """Name the folders that Ctrl-C or SIGTERM leaves."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        left = [path for path in (result.with_name(result.name + SUFFIX), *others) if path.is_dir()]
+        if left:
+            names = " and ".join(map(str, left))
+            print(f"stopped: the same command goes on from {names}; remove it if not wanted", file=sys.stderr)
+        raise
