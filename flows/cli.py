@@ -9,6 +9,7 @@ import typer
 
 from bridge.errors import BridgeworksError
 from flows import audit, data
+from flows.local_path import read_here, written_here
 from flows.options import (
     CompareConfigFrom,
     CompareDtypes,
@@ -141,7 +142,9 @@ def import_(
     hf: Annotated[
         str, typer.Argument(metavar="HF", help="A folder, s3://bucket/prefix or hf://org/name@revision.")
     ],
-    megatron: Annotated[Path, typer.Argument(metavar="MEGATRON", help="The Megatron folder to write.")],
+    megatron: Annotated[
+        Path, typer.Argument(metavar="MEGATRON", help="The Megatron folder to write.", parser=written_here)
+    ],
     dtype: Dtype = None,
     workers: Workers = 2,
     max_memory: MaxMemory = "1GiB",
@@ -161,12 +164,16 @@ def import_(
 @app.command()
 def export(
     megatron: Annotated[
-        Path, typer.Argument(metavar="MEGATRON", help="A Megatron folder, imported or trained.")
+        Path,
+        typer.Argument(metavar="MEGATRON", help="A Megatron folder, imported or trained.", parser=read_here),
     ],
-    hf: Annotated[Path, typer.Argument(metavar="HF", help="The Hugging Face folder to write.")],
+    hf: Annotated[
+        Path, typer.Argument(metavar="HF", help="The Hugging Face folder to write.", parser=written_here)
+    ],
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
     config_from: Annotated[
-        Path | None, typer.Option(help="Take config and tokenizer from this Hugging Face folder.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Take config and tokenizer from this folder.", parser=read_here),
     ] = None,
     family: Annotated[
         str | None, typer.Option(help="The model_type of a checkpoint of Megatron-LM, for its config.")
@@ -210,8 +217,10 @@ def _report(conversion: Any, json: bool) -> None:
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A Hugging Face or Megatron folder.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="A Hugging Face or Megatron folder.", parser=read_here)
+    ],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.", parser=read_here)],
     tp: Tensor = 1,
     pp: Pipeline = 1,
     ep: Expert = 1,
@@ -252,9 +261,21 @@ def compare(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="One that `bridgeworks recipes` lists.")],
-    output: Annotated[Path, typer.Option(help="Folder of the run; what it holds already is gone on with.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of the run; what it holds already is gone on with.",
+            parser=written_here,
+        ),
+    ],
     load: Annotated[
-        Path | None, typer.Option(help="Start from this Megatron or Hugging Face folder's weights and model.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Start from this Megatron or Hugging Face folder's weights and model.",
+            parser=read_here,
+        ),
     ] = None,
     dataset: TrainDataset = None,
     tp: TrainTensor = None,

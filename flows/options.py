@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.local_path import read_here, written_here
+
 RECIPES_OWN = "the recipe's"
 
 
@@ -40,7 +42,11 @@ CompareDtypes = Annotated[
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option(help="A .json file of lists of token ids, or a text file with a prompt a line."),
+    typer.Option(
+        metavar="FILE",
+        help="A .json file of lists of token ids, or a text file with a prompt a line.",
+        parser=read_here,
+    ),
 ]
 NumPrompts = Annotated[int, typer.Option(min=1, help="Random prompts, without --prompts.")]
 PromptLength = Annotated[int, typer.Option(min=2, help="Tokens of each random prompt.")]
@@ -48,7 +54,10 @@ Only = Annotated[Gate | None, typer.Option(help="Leave out the other gates.")]
 CompareConfigFrom = Annotated[
     Path | None,
     typer.Option(
-        help="A folder that describes the model of ends of Megatron-LM.", show_default="the other end"
+        metavar="FOLDER",
+        help="A folder that describes the model of ends of Megatron-LM.",
+        show_default="the other end",
+        parser=read_here,
     ),
 ]
 CompareFamily = Annotated[
@@ -56,10 +65,19 @@ CompareFamily = Annotated[
 ]
 Report = Annotated[
     Path | None,
-    typer.Option(help="Write the verdicts to this .json file, or with all tables to this folder."),
+    typer.Option(
+        metavar="PATH",
+        help="Write the verdicts to this .json file, or with all tables to this folder.",
+        parser=written_here,
+    ),
 ]
 Picture = Annotated[
-    Path | None, typer.Option(help="Draw the differences by position and by layer to this PNG.")
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Draw the differences by position and by layer to this PNG.",
+        parser=written_here,
+    ),
 ]
 
 # of a training job
@@ -92,7 +110,9 @@ TrainDataset = Annotated[
     Path | None,
     typer.Option(
         help='What `data build` made; several by --set \'dataset.blend=[0.7,"a",0.3,"b"]\'.'
-        " Without any, the recipes for pretraining read made-up sequences."
+        " Without any, the recipes for pretraining read made-up sequences.",
+        metavar="PREFIX",
+        parser=read_here,
     ),
 ]
 MaxRestarts = Annotated[

@@ -45,6 +45,12 @@ def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_hf_checkpoint(tmp_path_factory.mktemp("cli") / "hf", "llama")
 
 
+@pytest.fixture(scope="module")
+def megatron(hf: Path) -> Path:
+    run("import", hf, hf.with_name("megatron"))
+    return hf.with_name("megatron")
+
+
 @pytest.fixture
 def spec_file(hf: Path, tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text("some text")
@@ -209,6 +215,31 @@ def test_bad_checkpoints_are_refused_and_nothing_is_written(hf: Path, tmp_path: 
     check_refused(run("export", hf, tmp_path / "out"), str(hf))
     check_refused(run("import", "ftp://host/model", tmp_path / "out"), "ftp://")
     assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("import", "{hf}", "s3://bucket/model"),
+        ("export", "{megatron}", "s3://bucket/model"),
+        ("export", "s3://bucket/model", "out"),
+        ("export", "{megatron}", "out", "--config-from", "hf://org/name"),
+        ("compare", "hf://org/name", "{hf}"),
+        ("compare", "{hf}", "{hf}", "--report", "s3://bucket/report", "--only", "config"),
+        ("train", "continued_pretrain_config", "--load", "hf://org/name", "--output", "out"),
+        ("train", "continued_pretrain_config", "--output", "s3://bucket/run"),
+    ],
+    ids=" ".join,
+)
+def test_addresses_are_no_folders(
+    arguments: tuple[str, ...], hf: Path, megatron: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    address = next(each for each in arguments if "://" in each)
+    check_refused(
+        run(*(each.format(hf=hf, megatron=megatron) for each in arguments)), f"{address} is an address"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_specs_are_refused_and_nothing_is_written(spec_file: Path, hf: Path) -> None:
