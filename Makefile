@@ -34,7 +34,7 @@ bench-live: $(ENVIRONMENT)  ## measure loading and exporting of live models agai
 	$(RUN)/python -W ignore -m bridge.benchmark_live
 
 bench-data: $(ENVIRONMENT)  ## measure building datasets of tokens against a plain loop
-	$(RUN)/python -m training.benchmark_data $(ARGUMENTS)
+	$(RUN)/python -W ignore -m training.benchmark_data $(ARGUMENTS)
 
 # without ARGUMENTS, a model of 82 million parameters
 bench-checkpoints: ARGUMENTS ?= recipes.llama:llama32_1b_pretrain_config --layers 4 --seq-length 64 \

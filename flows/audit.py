@@ -4,8 +4,9 @@ from typing import Annotated
 
 import typer
 
+from flows.options import Json
+
 app = typer.Typer(help="Check a release, show it, or compare two.", rich_markup_mode="markdown")
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead, for scripts.")]
 
 ReleaseAddress = Annotated[
     str, typer.Argument(metavar="RELEASE", help="A release's folder or s3:// address.")

@@ -362,12 +362,15 @@ def recipes(
 @app.command("plan-parallel")
 def plan_parallel(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A recipe, or a Hugging Face folder.")],
-    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs the job gets.")],
+    gpus: Annotated[int, typer.Option(min=1, help="How many GPUs the job gets, on all nodes together.")],
     gpu: Annotated[str, typer.Option(help="Which: a100-40gb, a100-80gb, h100, h200 or b200.")] = "h100",
     changes: Set = None,
     json: Json = False,
 ) -> None:
-    """Estimate memory and speed of every parallel layout of a model, and choose the quickest that fits.
+    """Estimate memory and speed of a model's parallel layouts; print the command for the quickest that fits.
+
+    Nothing is started and no GPU is asked for. Shown are the quickest layouts, those too that need more
+    memory, with the GiB that each rank needs and what it spends its time on.
 
     Example: `bridgeworks plan-parallel llama31_70b_pretrain_config --gpus 64 --set model.seq_length=8192`
     """

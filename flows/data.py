@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from flows.options import Json
+
 app = typer.Typer(
     help="Build, look at and adopt datasets of tokens.", rich_markup_mode="markdown", no_args_is_help=True
 )
@@ -26,7 +28,6 @@ class Format(StrEnum):
     TEXT = "text"
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead, for scripts.")]
 Tokenizer = Annotated[Path, typer.Option(help="Hugging Face folder with the tokenizer.")]
 
 
@@ -34,21 +35,32 @@ Tokenizer = Annotated[Path, typer.Option(help="Hugging Face folder with the toke
 def build(
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT...", help="Files, folders, globs or URLs (s3://...) of text."),
+        typer.Argument(metavar="INPUT", help="Files, folders, globs or URLs (s3://...) of text."),
     ],
     output: Annotated[
-        Path, typer.Option(metavar="PREFIX", help="Writes PREFIX.bin, .idx and .json; with --split a folder.")
+        Path,
+        typer.Option(
+            metavar="PREFIX",
+            help="Writes PREFIX.bin, .idx and .json; with --split a folder with train, valid and test.",
+        ),
     ],
     tokenizer: Tokenizer,
     split: Annotated[
         str | None,
-        typer.Option(help="Fractions of train, valid, test, such as 0.98,0.01,0.01, chosen by document."),
+        typer.Option(
+            metavar="F,F,F",
+            help="Share of train, valid and test, such as 0.98,0.01,0.01; each document goes to one of them.",
+        ),
     ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Cores to use; all by default.")] = None,
-    text_key: Annotated[str, typer.Option(help="Key of a JSON line, or column, with the text.")] = "text",
-    append_eod: Annotated[bool, typer.Option(help="End every document with the tokenizer's eos.")] = True,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one a core")] = None,
+    text_key: Annotated[
+        str, typer.Option(help="Key of a JSON line, or column of Parquet, that holds the text.")
+    ] = "text",
+    append_eod: Annotated[
+        bool, typer.Option(help="End every document with the tokenizer's end-of-text token.")
+    ] = True,
     format: Annotated[
-        Format | None, typer.Option(help="What the files are; by default their suffix tells.")
+        Format | None, typer.Option(help="What the files are.", show_default="by their suffix")
     ] = None,
     on_error: Annotated[
         OnError, typer.Option(help="Stop at a document that cannot be used, or leave it out and count it.")
@@ -56,13 +68,17 @@ def build(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Leave out files and folders of this name; may be repeated.")
     ] = None,
-    max_bytes: Annotated[int | None, typer.Option(min=1, help="Read no more text than this.")] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Read no more bytes of text than this.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Turn text (JSONL, Parquet, also .gz and .zst, or plain) into a Megatron indexed dataset, in parallel.
 
-    Started again after it was stopped or killed, it goes on. Example: `bridgeworks data build corpus/*.jsonl
-    --output data/corpus --tokenizer llama-1b`
+    Started again after it was stopped or killed, it goes on.
+
+    Example: `bridgeworks data build corpus/*.jsonl --output data/corpus --tokenizer llama-1b --split
+    0.98,0.01,0.01`, then `bridgeworks train ... --dataset data/corpus`
     """
     from flows.build_data import build_data
 
@@ -91,7 +107,10 @@ def inspect(
     verify: Annotated[bool, typer.Option(help="Read the files and compare their digests.")] = True,
     json: Json = False,
 ) -> None:
-    """Show what a dataset holds and check its files; exit code 1 if one is not what its record says."""
+    """Show what a dataset holds and check its files; exit code 1 if one is not what its record says.
+
+    Example: `bridgeworks data inspect data/corpus --tokenizer llama-1b`
+    """
     from flows.build_data import show_data
 
     if show_data(dataset, documents, tokenizer, verify, as_json=json):
@@ -104,7 +123,11 @@ def adopt(
     tokenizer: Tokenizer,
     json: Json = False,
 ) -> None:
-    """Describe an indexed dataset that another program made, such as Megatron's preprocess_data.py."""
+    """Describe an indexed dataset that another program made, such as Megatron's preprocess_data.py.
+
+    Writes PREFIX.json, without which no run reads it. Example: `bridgeworks data adopt data/old_text_document
+    --tokenizer llama-1b`
+    """
     from flows.console import print_json
     from training.inspect_dataset import adopt as write_record
 

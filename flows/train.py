@@ -14,8 +14,8 @@ from recipes.registry import recipe_named
 from tasks.gpus import check_gpus
 from tasks.launch import launch
 from tasks.restart import run_with_restarts
-from tasks.spec import ParallelSpec, TrainSpec, override
-from tasks.train import resolved_config
+from tasks.spec import ParallelSpec
+from tasks.train import config_for
 from training.blend import check_files, with_absolute_paths
 from training.config import ConfigContainer
 from training.metrics import read_metrics
@@ -41,7 +41,7 @@ def train(
 
     `sizes` are those of a ParallelSpec; where one is None, the recipe decides.
     """
-    weights = resolve_pretrained(load.absolute()) if load else None
+    weights = weights_of(load.absolute()) if load else None
     parallel = parallel_of(recipe, sizes)
     config = make_config(recipe, weights, parallel, changes)
     if dataset is not None:
@@ -52,6 +52,16 @@ def train(
     print(f"ranks: {ranks_in_words(with_ranks(parallel))}", file=sys.stderr)
     report = run(job, output.absolute(), parallel.num_processes, max_restarts, print_lines=not as_json)
     show(job, report, parallel, as_json)
+
+
+def weights_of(folder: Path) -> Path:
+    """Return the checkpoint in a folder of either kind, a run's latest one."""
+    if not folder.is_dir():
+        raise InputError(
+            f"no such checkpoint folder: {folder}; `bridgeworks import hf://organisation/name {folder.name}`"
+            " makes one of a model on the hub"
+        )
+    return resolve_pretrained(folder)
 
 
 def parallel_of(recipe: str, sizes: Mapping[str, int | None]) -> ParallelSpec:
@@ -68,8 +78,7 @@ def make_config(
     if wrong := next((change for change in changes if change.partition("=")[0].strip() in SIZES), None):
         raise InputError(f"{wrong}: give parallel sizes by {OPTIONS}")
     if load:
-        overrides = override({}, [f"train.overrides.{change}" for change in changes]).get("train", {})
-        return resolved_config(TrainSpec(recipe=recipe, parallel=parallel, **overrides), read_model(load))
+        return apply_overrides(config_for(recipe, parallel, read_model(load)), changes)
     config = recipe_named(recipe)()
     if not config.model.num_layers:
         raise InputError(f"{recipe} trains a model that is there: name its folder with --load")
@@ -142,7 +151,9 @@ def show(job: dict[str, Any], report: dict[str, Any], parallel: ParallelSpec, as
     if as_json:
         print_json({**summary, "parallel": with_ranks(parallel)})
     else:
-        print_table(("what", "value"), list(summary.items()))
+        # a run that was complete already has no loss of its own
+        rows = [(name, value) for name, value in summary.items() if value is not None]
+        print_table(("what", "value"), rows)
 
 
 def follow(metrics: Path, train_iters: int, show: Progress) -> Callable[[], None]:

@@ -12,18 +12,23 @@ from tasks.artifact import Kind
 from tasks.metrics_follower import MetricsFollower
 from tasks.plan import flatten
 from tasks.restart import run_with_restarts
-from tasks.spec import ReleaseSpec, TrainSpec
+from tasks.spec import ParallelSpec, ReleaseSpec, TrainSpec
 from tasks.step import Artifacts, Step, StepContext
 from training.config import ConfigContainer
 from training.overrides import apply_overrides
+from training.run_settings import FUSIONS
 
 METRICS_FILE = "metrics.jsonl"
 LONGEST_DEFAULT = 4096  # tokens; a checkpoint's longest context is no sensible length of training samples
 # what a recipe says about the model's run; the checkpoint says what the model is
 RUN_FIELDS = (
-    *("seq_length", "transformer_impl", "sequence_parallel", "virtual_pipeline_model_parallel_size"),
-    *("recompute_granularity", "recompute_method", "recompute_num_layers"),
-    *("attention_dropout", "hidden_dropout"),
+    *("seq_length", "transformer_impl", "sequence_parallel", "attention_dropout", "hidden_dropout"),
+    *("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout"),
+    *("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"),
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    *("cpu_offloading", "cpu_offloading_num_layers", "cpu_offloading_activations", "cpu_offloading_weights"),
+    *(*FUSIONS, "cross_entropy_fusion_impl"),
 )
 
 
@@ -87,13 +92,17 @@ def config(spec: ReleaseSpec, artifacts: Artifacts) -> dict[str, Any]:
 
 def resolved_config(train: TrainSpec, model: GPTModelProvider) -> ConfigContainer:
     """Return the recipe's config for `model` with the changes of `train`; what cannot be is a ConfigError."""
-    config = recipe_named(train.recipe)()
+    config = apply_overrides(config_for(train.recipe, train.parallel, model), train.overrides)
+    return config.validate(train.parallel.num_processes)
+
+
+def config_for(recipe: str, parallel: ParallelSpec, model: GPTModelProvider) -> ConfigContainer:
+    """Return the recipe's config for another model, spread as `parallel` says."""
+    config = recipe_named(recipe)()
     settings: dict[str, Any] = {name: getattr(config.model, name) for name in RUN_FIELDS}
     settings["seq_length"] = settings["seq_length"] or min(model.max_position_embeddings, LONGEST_DEFAULT)
-    settings |= train.parallel.model_sizes
-    config.model = dataclasses.replace(model, **settings)
-    apply_overrides(config, train.overrides)
-    return config.validate(train.parallel.num_processes)
+    config.model = dataclasses.replace(model, **settings, **parallel.model_sizes)
+    return config
 
 
 STEP = Step(

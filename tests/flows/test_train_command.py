@@ -9,6 +9,9 @@ from checkpoints import make_hf_checkpoint
 from small_release import run
 
 from flows.train import parallel_of
+from recipes.llama import llama32_1b_pretrain_config
+from tasks.spec import ParallelSpec
+from tasks.train import config_for
 from training.metrics import read_metrics
 
 SETTINGS = {
@@ -124,6 +127,12 @@ def test_a_recipe_without_a_model_asks_for_one(tmp_path: Path) -> None:
     assert "name its folder with --load" in result.stderr
 
 
+def test_a_name_on_the_hub_is_no_folder(tmp_path: Path) -> None:
+    result = train(Path("meta-llama/Llama-3.2-1B"), tmp_path / "run")
+    assert result.returncode == 2
+    assert "`bridgeworks import hf://organisation/name Llama-3.2-1B`" in result.stderr
+
+
 def test_sizes_that_nobody_gives_are_the_recipes() -> None:
     sizes = parallel_of(
         "qwen3_30b_a3b_pretrain_config", {**ASK, "context_parallel_size": 2, "data_parallel_size": 1}
@@ -131,3 +140,19 @@ def test_sizes_that_nobody_gives_are_the_recipes() -> None:
     assert sizes.num_processes == 4 * 2 * 2
     assert (sizes.expert_model_parallel_size, sizes.expert_tensor_parallel_size) == (4, 1)
     assert parallel_of("continued_pretrain_config", {**ASK, "data_parallel_size": 3}).num_processes == 3
+
+
+def test_a_run_takes_from_a_checkpoint_what_the_model_is_and_not_how_another_run_was_made() -> None:
+    parallel = ParallelSpec(context_parallel_size=2)
+    trained = llama32_1b_pretrain_config(
+        pipeline_model_parallel_size=4,
+        num_layers_in_first_pipeline_stage=1,
+        virtual_pipeline_model_parallel_size=5,
+        recompute_granularity="selective",
+        recompute_modules=["mlp"],
+        cpu_offloading_num_layers=3,
+        apply_rope_fusion=False,
+    ).model
+    config = config_for("continued_pretrain_config", parallel, trained)
+    expected = llama32_1b_pretrain_config(seq_length=4096, context_parallel_size=2).model
+    assert config.model == expected
