@@ -6,6 +6,7 @@ from pathlib import Path
 from string import Template
 
 from flows.show_release import run_release, shortened, timed
+from tasks.gpus import gpus_of_jobs
 from tasks.launch import launch
 from tasks.spec import load_spec
 
@@ -30,7 +31,7 @@ dataset:
 train:
   recipe: continued_pretrain_config
   parallel:
-    tensor_model_parallel_size: 2
+    tensor_model_parallel_size: $ranks
   overrides:
     train.train_iters: 100
     train.global_batch_size: 16
@@ -44,7 +45,7 @@ train:
     optimizer.min_lr: 0.0003
     scheduler.lr_warmup_iters: 5
 check:
-  tensor_model_parallel_size: 2
+  tensor_model_parallel_size: $ranks
   loss_batches: 8
 publish:
   destination: releases/{name}-{digest}
@@ -86,8 +87,10 @@ def make_source(workspace: Path) -> None:
 
 
 def write_spec(path: Path) -> None:
-    """Write the demo's spec."""
+    """Write the demo's spec: each rank takes a GPU of its own, and a machine with one runs a single rank."""
+    gpus = gpus_of_jobs()
     text = TEXT.substitute(
+        ranks=1 if gpus and gpus.count == 1 else 2,
         file=shortened(path.absolute()),
         corpus=corpus(),
         excluded=", ".join(EXCLUDED),
