@@ -2,6 +2,8 @@
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from bridge.hf_checkpoint import HfCheckpoint
 from bridge.job import write_json
 from bridge.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from flows.console import print_json, print_table
+from tasks.errors import JobError
 from tasks.gates import (
     LEDGER,
     PICTURE,
@@ -67,14 +70,31 @@ def compare(
     given = given_for(a, b, config_from.absolute() if config_from else None, family)
     if "logits" in gates:
         check_sizes((a, b), settings, given)
-    with tempfile.TemporaryDirectory(prefix="bridgeworks-compare-") as temporary:
-        verdicts = judge(a, b, settings, dtypes, gates, Path(temporary), given)
+    with scratch_folder() as folder:
+        verdicts = judge(a, b, settings, dtypes, gates, folder, given)
         passed = all(each["passed"] for each in verdicts)
         result = {"passed": passed, "a": str(a), "b": str(b), "gates": verdicts}
-        keep(result, Path(temporary), dtypes, report, picture)
+        keep(result, folder, dtypes, report, picture)
     show(result, as_json)
     if not passed:
         raise typer.Exit(1)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Make a folder for the time of a comparison; when its job fails the log stays, as the error names it."""
+    folder = Path(tempfile.mkdtemp(prefix="bridgeworks-compare-"))
+    kept = False
+    try:
+        yield folder
+    except JobError:
+        kept = True
+        for file in (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".log"):
+            file.unlink()
+        raise
+    finally:
+        if not kept:
+            shutil.rmtree(folder)
 
 
 def judge(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -215,6 +216,19 @@ def test_bad_checkpoints_are_refused_and_nothing_is_written(hf: Path, tmp_path: 
     check_refused(run("export", hf, tmp_path / "out"), str(hf))
     check_refused(run("import", "ftp://host/model", tmp_path / "out"), "ftp://")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_compare_keeps_the_log_of_a_job_that_fails(hf: Path, megatron: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif 'BRIDGEWORKS_JOB' in os.environ:\n    os.write(1, b'no room\\n')\n    os._exit(3)\n"
+    )
+    (tmp_path / "temporary").mkdir()
+    places = {"PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path / "temporary")}
+    result = run("compare", hf, megatron, "--only", "logits", **places)
+    assert result.returncode == 1
+    [log] = re.findall(r"\(log: (.*?)\)", result.stderr)
+    assert Path(log).read_text() == "no room\n"
+    assert [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()] == [Path(log)]
 
 
 @pytest.mark.parametrize(
