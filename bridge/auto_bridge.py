@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,19 +11,18 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from bridge import live_checkpoint, live_weights
-from bridge.byte_copy import Progress, ProgressCounter
+from bridge.byte_copy import Progress
 from bridge.conversion import Conversion
 from bridge.dtypes import check_weight_dtype
 from bridge.errors import CheckpointError, ConfigError, UnsupportedModelError
 from bridge.exporter import export_checkpoint
 from bridge.families import families, family_of, provider_of
 from bridge.hf_checkpoint import CONFIG, HfCheckpoint, read_config
-from bridge.hf_writer import write_shards
 from bridge.importer import import_checkpoint
 from bridge.pretrained import read_model, resolve_pretrained
 from bridge.progress_bar import progress_bar
 from bridge.provider import GPTModelProvider
-from bridge.staging import SUFFIX, staged_folder
+from bridge.shared_folder import on_first_rank, shared_folder
 
 # What a hub repository has that a bridge reads: no code, and no weights in other formats.
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
@@ -136,16 +134,7 @@ class AutoBridge:
         The first rank writes them, and holds a bucket and two tensors at a time. `progress(done, total)` is
         called with bytes; by default a person who watches sees a bar.
         """
-        weights = self._hf_weights(model, dtype)
-        total = sum(tensor.nbytes for tensor in weights.described.values())
-        if is_first_rank():
-            with progress_bar("saving", progress) as report:
-                counter = ProgressCounter(total, report)
-                write_shards(Path(path), weights, weights.described, max_shard_size, counter)
-        else:
-            for _ in weights:  # every rank has its part in gathering
-                pass
-        torch.distributed.barrier()
+        live_weights.write_weights(self._hf_weights(model, dtype), Path(path), max_shard_size, progress)
 
     def _hf_weights(self, model: Model, dtype: Dtype | None) -> live_weights.HfWeights:
         return live_weights.HfWeights(
@@ -165,15 +154,11 @@ class AutoBridge:
 
         It appears when it is complete. Weights are cast to `dtype`, by default they keep the model's.
         """
-        target = Path(path)
-        partial = target.with_name(target.name + SUFFIX)
-        size = sum(tensor.nbytes for tensor in self._hf_weights(model, dtype).described.values())
-        with staged_folder(target, size) if is_first_rank() else nullcontext():
-            torch.distributed.barrier()
-            self.save_hf_weights(model, partial, max_shard_size, dtype=dtype, progress=progress)
-            if is_first_rank():
-                self._write_side_files(partial, torch_dtype(dtype) or next(model[0].parameters()).dtype)
-        torch.distributed.barrier()
+        weights = self._hf_weights(model, dtype)
+        config_dtype = torch_dtype(dtype) or next(model[0].parameters()).dtype
+        with shared_folder(Path(path), weights.nbytes) as partial:
+            live_weights.write_weights(weights, partial, max_shard_size, progress)
+            on_first_rank(lambda: self._write_side_files(partial, config_dtype))
 
     def _write_side_files(self, folder: Path, dtype: torch.dtype) -> None:
         provider = provider_of(self.config)
@@ -217,10 +202,6 @@ class ProviderWithWeights(GPTModelProvider):
         model = super().provide_distributed_model(**options, perform_initialization=False)
         live_weights.load_hf_weights(model, self, self.source)
         return model
-
-
-def is_first_rank() -> bool:
-    return torch.distributed.get_rank() == 0
 
 
 def torch_dtype(dtype: Dtype | None) -> torch.dtype | None:

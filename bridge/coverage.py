@@ -10,9 +10,7 @@ from bridge.mapping import WeightPlan
 from bridge.quantization import HfTensor, stored_slices
 from bridge.shard_header import TensorSlice
 from bridge.torch_dist.metadata import StoredTensor
-
-# The only tensors that training pads: rows up to a multiple that tensor parallelism can share.
-PADDED_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+from bridge.vocab_padding import PADDED_KEYS, VocabPadding
 
 
 def check_hf_coverage(plan: WeightPlan, checkpoint: HfCheckpoint) -> None:
@@ -32,15 +30,29 @@ def check_hf_coverage(plan: WeightPlan, checkpoint: HfCheckpoint) -> None:
             _check_copy(copy, found[copy], original, found[original], reason)
 
 
-def check_megatron_coverage(plan: WeightPlan, stored: dict[str, StoredTensor], where: str) -> None:
-    """Compare the model tensors of a Megatron checkpoint with its plan: names, shapes and dtypes."""
+def check_megatron_coverage(
+    plan: WeightPlan, stored: dict[str, StoredTensor], padding: VocabPadding, where: str
+) -> None:
+    """Compare the model tensors of a Megatron checkpoint with its plan: names, shapes and dtypes.
+
+    The vocabulary may have the rows beyond it that `padding` explains.
+    """
     _check_names(plan.megatron_shapes, stored, where)
     for key, shape in plan.megatron_shapes.items():
         found = stored[key].shape
-        padded = key in PADDED_KEYS and found[0] >= shape[0]
-        if found != shape and not (padded and found[1:] == shape[1:]):
+        if key in PADDED_KEYS and found[1:] == shape[1:]:
+            check_vocabulary(key, found[0], shape[0], padding, where)
+        elif found != shape:
             raise CoverageError(f"{where}: {key!r} has shape {list(found)}, its model says {list(shape)}")
         _check_dtype(key, stored[key].dtype, where)
+
+
+def check_vocabulary(key: str, rows: int, vocab_size: int, padding: VocabPadding, where: str) -> None:
+    """Raise CoverageError unless a tensor's rows are those of the vocabulary and its padding."""
+    if complaint := padding.complaint(rows, vocab_size):
+        raise CoverageError(
+            f"{where}: {key!r} has {complaint}: the config must be that of the model that was saved"
+        )
 
 
 # Released configs keep the number of prediction layers whether or not the weights have them: transformers

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from bridge.dtypes import FLOAT32_KEYS
 from bridge.errors import CoverageError
 from bridge.mapping import Block, WeightPlan
 from bridge.shards import Box, GlobalTensor, overlap
@@ -64,8 +65,9 @@ def plan_pieces(
 ) -> dict[str, list[Piece]]:
     """Return the pieces of each named Hugging Face tensor; `boxes` are those of each rank of the group.
 
-    They travel in `dtype` where that is the smaller one. Of several ranks that hold a box, the one with least
-    to send sends a piece of it. Boxes that do not make up a tensor are a CoverageError.
+    They travel in `dtype`, if they are to be cast to it, where that is the smaller one. Of several ranks that
+    hold a box, the one with least to send sends a piece of it. Boxes that do not make up a tensor are a
+    CoverageError.
     """
     holders: dict[Box, list[int]] = defaultdict(list)
     for rank, held in enumerate(boxes):
@@ -81,11 +83,25 @@ def plan_pieces(
             first, last = overlap(block, box)
             if first < last:
                 owner = min(holders[box], key=lambda rank: load[rank])
-                piece = Piece(owner, box, block, first, last, smaller(box.dtype, dtype))
+                sent = smaller(box.dtype, cast_dtype(block, dtype))
+                piece = Piece(owner, box, block, first, last, sent)
                 load[owner] += piece.nbytes
                 pieces[block.hf].append(piece)
     _check_complete(plan, pieces)
     return pieces
+
+
+def cast_dtype(block: Block, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype to cast a block to; what Megatron keeps in float32 is not cast."""
+    return None if block.key.endswith(FLOAT32_KEYS) else dtype
+
+
+def dtype_of(pieces: Sequence[Piece], dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of the tensor that pieces make up: `dtype`, or what holds all of them exactly."""
+    if (cast := cast_dtype(pieces[0].block, dtype)) is not None:
+        return cast
+    found = {piece.box.dtype for piece in pieces}
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def smaller(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:

@@ -7,7 +7,8 @@ import torch
 from megatron.core import parallel_state
 
 from bridge.distributed import device
-from bridge.gather_plan import Buckets, Part, Piece
+from bridge.gather_plan import Buckets, Part, Piece, dtype_of
+from bridge.hf_rows import cast
 from bridge.mapping import WeightPlan
 from bridge.shards import Box, part_of, rows_of_block
 
@@ -55,9 +56,17 @@ class Gathering:
         self._names = list(tensors)
         self._pieces = list(tensors.values())
         self._own = own
-        self._dtype = dtype
+        self._dtypes = [dtype_of(pieces, dtype) for pieces in self._pieces]
         self._missing = [sum(piece.num_elements for piece in pieces) for pieces in self._pieces]
         self._open: dict[int, torch.Tensor] = {}
+
+    def check_casts(self, replica: Replica) -> None:
+        """Raise CoverageError if a value that this rank is to send overflows in its tensor's dtype."""
+        rank = replica.ranks.index(torch.distributed.get_rank())
+        for name, pieces, dtype in zip(self._names, self._pieces, self._dtypes, strict=True):
+            for piece in pieces:
+                if piece.owner == rank and piece.box.dtype != dtype:
+                    cast(rows_of_piece(self._own, piece), str(dtype).removeprefix("torch."), name)
 
     def run(self, replica: Replica, bucket_size: int, first_rank_only: bool) -> Iterator[Named]:
         """Yield the tensors as they become complete."""
@@ -88,8 +97,7 @@ class Gathering:
         """Put rows where they belong; yield their tensor if it is complete."""
         if tensor not in self._open:
             shape = self._plan.hf_shapes[self._names[tensor]]
-            dtype = self._dtype or piece.box.dtype
-            self._open[tensor] = torch.empty(shape, dtype=dtype, device=rows.device)
+            self._open[tensor] = torch.empty(shape, dtype=self._dtypes[tensor], device=rows.device)
         target_of_piece(self._open[tensor], self._plan, piece).copy_(rows)
         self._missing[tensor] -= piece.num_elements
         if self._missing[tensor] == 0:

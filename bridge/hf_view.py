@@ -40,7 +40,7 @@ class HfView:
         """`dtype` casts every tensor but those that Megatron keeps in float32."""
         self.plan = plan = checkpoint.plan()
         stored = checkpoint.metadata.tensors
-        check_megatron_coverage(plan, stored, str(checkpoint.path))
+        check_megatron_coverage(plan, stored, checkpoint.padding, str(checkpoint.path))
         locator = RowLocator(checkpoint.path, files)
         num_leads = {block.key: len(block.lead) for block in plan.blocks}
         self.part_size = MAX_PART_SIZE

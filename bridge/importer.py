@@ -61,7 +61,8 @@ def import_checkpoint(
         _write_extra_states(journal.folder, len(files), plan, metadata)
         params_dtype = dtype or provider.params_dtype
         described = dataclasses.replace(provider, params_dtype=params_dtype)
-        write_model(journal.folder, described, [source.path / CONFIG, *source.side_files()])
+        side_files = [source.path / CONFIG, *source.side_files()]
+        write_model(journal.folder, described, side_files, num_padding_rows=0)
         write_metadata(journal.folder, metadata)
         ItemWriter(source.tensors, metadata).write(files, journal, workers, memory, counter)
         check_unchanged(origin)

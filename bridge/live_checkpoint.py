@@ -1,24 +1,32 @@
 """Megatron checkpoints of live models: save and load through `dist_checkpointing`, in any parallel layout."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge import restricted_load
 from bridge.byte_copy import OpenFiles
-from bridge.errors import InputError
+from bridge.distributed import on_every_rank
+from bridge.errors import BridgeworksError
 from bridge.families import provider_of
 from bridge.hf_checkpoint import HfCheckpoint
+from bridge.live_vocabulary import check_own_vocabulary, noted_vocab_size, padded_vocab_size
 from bridge.live_weights import fill, load_hf_weights
-from bridge.megatron_checkpoint import is_training_state, resolve_checkpoint, write_model
+from bridge.megatron_checkpoint import (
+    is_training_state,
+    read_vocabulary,
+    resolve_checkpoint,
+    write_model,
+)
 from bridge.pretrained import is_hf_folder
 from bridge.provider import GPTModelProvider
-from bridge.staging import SUFFIX, staged_folder
+from bridge.shared_folder import on_first_rank, shared_folder
 from bridge.torch_dist.metadata import read_metadata
 from bridge.weight_sources import MegatronSource
 
@@ -53,11 +61,29 @@ def load_checkpoint(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
             fill(chunks, source)
 
 
+def write_files(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+    """Write Megatron's files; a failure of one rank's is an error of all, and the first one knows which."""
+    try:
+        dist_checkpointing.save(model_state(chunks), str(folder))
+    except CheckpointException as error:
+        raise BridgeworksError(f"{folder} could not be written: {restricted_load.reason(error)}") from error
+
+
+def check_vocabulary(chunks: Sequence[torch.nn.Module], folder: Path) -> None:
+    """Raise CoverageError unless a resolved checkpoint is for the vocabulary of a model.
+
+    Megatron itself loads an embedding of any other number of rows, as far as it goes.
+    """
+    with open_weights(folder) as source:
+        source.check_vocabulary(padded_vocab_size(chunks), noted_vocab_size(chunks))
+
+
 @contextmanager
 def open_weights(folder: Path) -> Iterator[MegatronSource]:
     """Open the model's tensors of a Megatron checkpoint; no code that may lie in its files is run."""
     with OpenFiles() as files:
-        yield MegatronSource(folder, read_metadata(folder, skip=is_training_state), files)
+        metadata = read_metadata(folder, skip=is_training_state)
+        yield MegatronSource(folder, metadata, read_vocabulary(folder), files)
 
 
 def save_checkpoint(
@@ -67,16 +93,8 @@ def save_checkpoint(
     hf_files: Iterable[Path] = (),
 ) -> None:
     """Save the model's weights as a checkpoint of its own; it appears when it is complete."""
-    if folder.exists():
-        raise InputError(f"{folder} exists already: give another folder or remove it")
-    first = torch.distributed.get_rank() == 0
     nbytes = 4 * sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-    partial = folder.with_name(folder.name + SUFFIX)
-    torch.distributed.barrier()  # no rank may see the folder that another one makes
-    with staged_folder(folder, nbytes) if first else nullcontext(partial):
-        torch.distributed.barrier()
-        dist_checkpointing.save(model_state(chunks), str(partial))
-        torch.distributed.barrier()
-        if first:
-            write_model(partial, provider, hf_files)
-    torch.distributed.barrier()
+    padding = check_own_vocabulary(chunks, provider)
+    with shared_folder(folder, nbytes) as partial:
+        on_every_rank(lambda: write_files(chunks, partial))
+        on_first_rank(lambda: write_model(partial, provider, hf_files, num_padding_rows=padding))

@@ -4,23 +4,26 @@ Nothing here knows about tensor or pipeline parallelism: each rank's `ShardedTen
 global tensor it holds.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence, Set
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence, Set
+from pathlib import Path
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from bridge.byte_copy import OpenFiles
-from bridge.distributed import device
-from bridge.errors import BridgeworksError, CoverageError
+from bridge.byte_copy import OpenFiles, Progress, ProgressCounter
+from bridge.distributed import device, on_every_rank
+from bridge.errors import CoverageError
 from bridge.families import plan_weights
-from bridge.gather_plan import plan_pieces
+from bridge.gather_plan import dtype_of, plan_pieces
 from bridge.gathering import Gathering, model_replica
 from bridge.hf_checkpoint import HfCheckpoint
-from bridge.hf_writer import TensorDescription
+from bridge.hf_writer import TensorDescription, write_shards
+from bridge.live_vocabulary import check_same_vocabulary, noted_vocab_size, num_rows
 from bridge.mapping import WeightPlan
+from bridge.progress_bar import progress_bar
 from bridge.provider import GPTModelProvider
 from bridge.shards import blocks_by_tensor, check_model_coverage, gather_boxes, shards_of
+from bridge.shared_folder import is_first_rank
 from bridge.weight_sources import HfSource, WeightSource
 
 CPU_BUCKET_SIZE = 64 << 20
@@ -38,7 +41,7 @@ def load_hf_weights(
 def fill(chunks: Sequence[torch.nn.Module], source: WeightSource) -> None:
     """Fill this rank's model chunks in place; an error of one rank's is raised on all."""
     shards = shards_of(chunks)
-    source.check(set().union(*gather_boxes(shards)))
+    source.check(set().union(*gather_boxes(shards)), noted_vocab_size(chunks))
 
     def fill_all() -> None:
         for shard in shards:
@@ -49,20 +52,6 @@ def fill(chunks: Sequence[torch.nn.Module], source: WeightSource) -> None:
                 )
 
     on_every_rank(fill_all)
-
-
-def on_every_rank(work: Callable[[], Any]) -> None:
-    """Do this rank's work; where it is an error on one rank, raise it on all, or the others would wait."""
-    failure = None
-    try:
-        work()
-    except BridgeworksError as error:
-        failure = error
-    failures: list[BridgeworksError | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(failures, failure)
-    for rank, found in enumerate(failures):
-        if found is not None:
-            raise type(found)(f"rank {rank}: {found}" if len(failures) > 1 else str(found)) from failure
 
 
 class HfWeights:
@@ -84,7 +73,10 @@ class HfWeights:
         finish_updates(chunks)
         plan, shards = plan_weights(provider), shards_of(chunks)
         held = gather_boxes(shards)
-        check_model_coverage(blocks_by_tensor(plan), set().union(*held))
+        boxes = set().union(*held)
+        check_model_coverage(blocks_by_tensor(plan), boxes)
+        noted = noted_vocab_size(chunks)
+        check_same_vocabulary(noted, num_rows(boxes), provider.vocab_size, "the config to export it with")
         known = plan.hf_shapes.keys() | plan.copies
         wanted = known if names is None else set(names)
         if unknown := sorted(wanted - known):
@@ -97,12 +89,18 @@ class HfWeights:
         self._bucket_size = bucket_size or (GPU_BUCKET_SIZE if device().type == "cuda" else CPU_BUCKET_SIZE)
         self.described = {
             name: TensorDescription(
-                plan.hf_shapes[tensor], str(dtype or parts[0].box.dtype).removeprefix("torch.")
+                plan.hf_shapes[tensor], str(dtype_of(parts, dtype)).removeprefix("torch.")
             )
             for tensor, parts in pieces.items()
             for name in self._names[tensor]
         }
         """Every tensor in the order of the model's rules, which is not that in which they come."""
+        # before anything is sent: a rank that then stopped would leave the others waiting
+        on_every_rank(lambda: self._gathering.check_casts(self._replica))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.described.values())
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self._first_rank_only and 0 not in self._replica.ranks:
@@ -110,6 +108,26 @@ class HfWeights:
         for tensor, weight in self._gathering.run(self._replica, self._bucket_size, self._first_rank_only):
             for name in self._names[tensor]:
                 yield name, weight
+
+
+def write_weights(
+    weights: HfWeights, folder: Path, max_shard_size: str = "5GB", progress: Progress | None = None
+) -> None:
+    """Write a model's tensors as safetensors shards, by the first rank; an error of it is raised on all."""
+
+    def write() -> None:
+        arriving = iter(weights)
+        try:
+            if is_first_rank():
+                with progress_bar("saving", progress) as report:
+                    counter = ProgressCounter(weights.nbytes, report)
+                    write_shards(folder, arriving, weights.described, max_shard_size, counter)
+        finally:
+            # Every rank has its part in gathering: also after an error of the first one they go on sending.
+            for _ in arriving:
+                pass
+
+    on_every_rank(write)
 
 
 def names_by_tensor(plan: WeightPlan, wanted: Set[str]) -> dict[str, list[str]]:
@@ -139,11 +157,12 @@ def export_hf_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield every Hugging Face tensor whole, with its name, on every rank; all ranks must iterate together.
 
-    `names` leaves out all others; `dtype` casts, before the transfer where that makes it smaller; with `cpu`
-    the tensors end there. With `first_rank_only` the other ranks yield nothing. The order is the same on all
-    ranks, but not that of the layers. Memory beside the model is `bucket_size` bytes (by default 64 MiB, on a
-    GPU 512) and two of the largest tensor. A name that the model does not have, and a model that does not
-    have what its family declares, are a CoverageError.
+    `names` leaves out all others; `dtype` casts all but those that Megatron keeps in float32, before the
+    transfer where that makes it smaller; with `cpu` the tensors end there. With `first_rank_only` the other
+    ranks yield nothing. The order is the same on all ranks, but not that of the layers. Memory beside the
+    model is `bucket_size` bytes (by default 64 MiB, on a GPU 512) and two of the largest tensor. A name that
+    the model does not have, a model that does not have what its family declares, and a value that overflows
+    in `dtype` are a CoverageError.
     """
     weights = HfWeights(
         chunks, provider, names=names, dtype=dtype, first_rank_only=first_rank_only, bucket_size=bucket_size

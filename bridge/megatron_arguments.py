@@ -14,6 +14,7 @@ from bridge.errors import CheckpointError, ConfigError
 from bridge.provider import GPTModelProvider
 from bridge.torch_dist.metadata import SHARED_OBJECT
 from bridge.torch_dist.restricted_pickle import Globals, inert, read_pickle
+from bridge.vocab_padding import DEFAULT_MULTIPLE, USUAL_SIZES, VocabPadding
 
 Arguments = dict[str, Any]
 MAX_PICKLE_SIZE = 64 << 20  # arguments are some 50 KB
@@ -115,9 +116,18 @@ def contradictions(provider: GPTModelProvider, arguments: Arguments) -> list[Con
         found += [Contradiction(f"rope_parameters.{n}", rope.get(n), value) for n, value in scaling.items()]
     different = [each for each in found if each.described != each.trained]
     padded = arguments.get("padded_vocab_size")
-    if padded and padded < provider.vocab_size:
+    if padded and not padding_of(arguments).explains(padded, provider.vocab_size):
         different.append(Contradiction("vocab_size", provider.vocab_size, padded))
     return different
+
+
+def padding_of(arguments: Arguments) -> VocabPadding:
+    """Return what the arguments say of the rows behind the vocabulary."""
+    return VocabPadding(
+        divisible_by=arguments.get("make_vocab_size_divisible_by") or DEFAULT_MULTIPLE,
+        tensor_sizes=(*USUAL_SIZES, arguments.get("tensor_model_parallel_size") or 1),
+        total=arguments.get("padded_vocab_size"),
+    )
 
 
 def check_arguments(provider: GPTModelProvider, arguments: Arguments, config: Path) -> None:

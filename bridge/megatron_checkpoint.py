@@ -1,7 +1,8 @@
 """A Megatron checkpoint folder: Megatron Core's files, the model's description, Hugging Face side files.
 
     .metadata, metadata.json, common.pt, *.distcp    Megatron Core's `torch_dist` format
-    model.json                                       the model: `GPTModelProvider.to_dict()`
+    model.json                                       the model: `GPTModelProvider.to_dict()`, and how many
+                                                     rows there are behind its vocabulary
     hf/                                              config.json, generation config, tokenizer of the source
 
 A training run's folder holds several, `iter_0000100/` and so on, and says which is the latest.
@@ -13,19 +14,22 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bridge.contained_path import contained_file
-from bridge.errors import CheckpointError
+from bridge.errors import CheckpointError, ConfigError
 from bridge.families import family_named, plan_weights, provider_of
 from bridge.hf_checkpoint import CONFIG, read_config, read_json_object, side_files
 from bridge.key_forms import as_stored
 from bridge.mapping import WeightPlan
-from bridge.megatron_arguments import check_arguments, provider_from_arguments, read_arguments
+from bridge.megatron_arguments import check_arguments, padding_of, provider_from_arguments, read_arguments
 from bridge.provider import GPTModelProvider
-from bridge.torch_dist.metadata import METADATA, Place, TorchDistMetadata, read_metadata
+from bridge.torch_dist.metadata import METADATA, SHARED_OBJECT, Place, TorchDistMetadata, read_metadata
+from bridge.vocab_padding import VocabPadding
 
 MODEL = "model.json"
 HF_FOLDER = "hf"
+NUM_PADDING_ROWS = "num_padding_rows"  # the key of model.json that is none of the provider's
 LATEST = "latest_checkpointed_iteration.txt"
 
 # What training saves beside the model: optimizer, one or several in a chain, and the states of its run.
@@ -39,6 +43,13 @@ TRAINING_STATE = (
 )
 
 
+class Vocabulary(NamedTuple):
+    """The tokens of a checkpoint, None where it does not describe its model, and the rows behind them."""
+
+    size: int | None
+    padding: VocabPadding
+
+
 @dataclass(frozen=True)
 class MegatronCheckpoint:
     """An opened checkpoint: its model and where the model's tensors lie, no weights read."""
@@ -47,6 +58,7 @@ class MegatronCheckpoint:
     provider: GPTModelProvider
     metadata: TorchDistMetadata
     side_files: tuple[Path, ...]
+    padding: VocabPadding
 
     @classmethod
     def open(
@@ -62,7 +74,8 @@ class MegatronCheckpoint:
         provider = model_of(folder, Path(config_from) if config_from else None, family)
         hf_folder = side_folder(Path(config_from) if config_from else folder)
         files = tuple(side_files(hf_folder)) if hf_folder.is_dir() else ()
-        return cls(folder, provider, read_metadata(folder, skip=is_training_state), files)
+        metadata = read_metadata(folder, skip=is_training_state)
+        return cls(folder, provider, metadata, files, read_vocabulary(folder).padding)
 
     @property
     def places(self) -> Iterator[Place]:
@@ -76,6 +89,16 @@ class MegatronCheckpoint:
 
 def model_of(folder: Path, config_from: Path | None, family: str | None) -> GPTModelProvider:
     """Describe the model of a resolved folder; for the options see `MegatronCheckpoint.open`."""
+    provider = _described_by(folder, config_from, family)
+    if family is not None and family_named(family).model_type != provider.hf_model_type:
+        raise ConfigError(
+            f"{folder} is described as a model of the family {provider.hf_model_type!r}, not {family!r}: leave"
+            " out --family"
+        )
+    return provider
+
+
+def _described_by(folder: Path, config_from: Path | None, family: str | None) -> GPTModelProvider:
     if config_from is not None:
         provider, file = _described(config_from)
         if arguments := read_arguments(folder):
@@ -133,23 +156,44 @@ def resolve_checkpoint(path: Path) -> Path:
     return path / name
 
 
-def write_model(folder: Path, provider: GPTModelProvider, hf_files: Iterable[Path] = ()) -> None:
-    """Describe the model of the checkpoint in `folder`; `hf_files` are copied into its hf/ as they are."""
-    (folder / MODEL).write_text(json.dumps(provider.to_dict(), indent=1) + "\n")
+def write_model(
+    folder: Path, provider: GPTModelProvider, hf_files: Iterable[Path] = (), *, num_padding_rows: int
+) -> None:
+    """Describe the model of the checkpoint in `folder`; `hf_files` are copied into its hf/ as they are.
+
+    `num_padding_rows` is how many rows its embedding has beyond the vocabulary, for an export to take off.
+    """
+    description = {**provider.to_dict(), NUM_PADDING_ROWS: num_padding_rows}
+    (folder / MODEL).write_text(json.dumps(description, indent=1) + "\n")
     (folder / HF_FOLDER).mkdir(exist_ok=True)
     for file in hf_files:
         shutil.copyfile(file, folder / HF_FOLDER / file.name)
 
 
-def copy_model(source: Path, folder: Path) -> None:
+def copy_model(source: Path, folder: Path, *, num_padding_rows: int) -> None:
     """Take over the description and the side files of the checkpoint `source`, as training does."""
     hf_folder = source / HF_FOLDER
     config = [contained_file(hf_folder, CONFIG, hf_folder)] if (hf_folder / CONFIG).is_file() else []
-    write_model(folder, read_model(source), [*config, *side_files(hf_folder)])
+    files = [*config, *side_files(hf_folder)]
+    write_model(folder, read_model(source), files, num_padding_rows=num_padding_rows)
 
 
 def read_model(folder: Path) -> GPTModelProvider:
     """Read the description of the model of a checkpoint."""
+    return _read_description(folder)[0]
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """Return what a resolved folder says of its vocabulary."""
+    if (folder / MODEL).is_file():
+        provider, num_rows = _read_description(folder)
+        return Vocabulary(provider.vocab_size, VocabPadding(num_rows, provider.make_vocab_size_divisible_by))
+    arguments = read_arguments(folder) if (folder / SHARED_OBJECT).is_file() else None
+    return Vocabulary(None, padding_of(arguments) if arguments else VocabPadding())
+
+
+def _read_description(folder: Path) -> tuple[GPTModelProvider, int | None]:
+    """Read a model and its padding rows; their number is missing in checkpoints of before it was recorded."""
     file = folder / MODEL
     if not file.is_file():
         raise CheckpointError(
@@ -157,6 +201,10 @@ def read_model(folder: Path) -> GPTModelProvider:
             " checkpoint of Megatron-LM, its family (--config-from, --family)"
         )
     try:
-        return GPTModelProvider.from_dict(read_json_object(file)).finalize()
+        description = read_json_object(file)
+        num_rows = description.pop(NUM_PADDING_ROWS, None)
+        if num_rows is not None and (type(num_rows) is not int or num_rows < 0):
+            raise ValueError(f"{NUM_PADDING_ROWS} is {num_rows!r}, no number of rows")
+        return GPTModelProvider.from_dict(description).finalize(), num_rows
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file} is malformed: {error}") from error

@@ -26,9 +26,10 @@ def read_model(folder: Path) -> GPTModelProvider:
     )
 
 
-def copy_model(source: Path, folder: Path) -> None:
+def copy_model(source: Path, folder: Path, *, num_padding_rows: int) -> None:
     """Describe a checkpoint in `folder` of the model of `source`, side files included."""
     if is_hf_folder(source):
-        write_model(folder, read_model(source), [source / CONFIG, *side_files(source)])
+        files = [source / CONFIG, *side_files(source)]
+        write_model(folder, read_model(source), files, num_padding_rows=num_padding_rows)
     else:
-        megatron_checkpoint.copy_model(source, folder)
+        megatron_checkpoint.copy_model(source, folder, num_padding_rows=num_padding_rows)

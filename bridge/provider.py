@@ -162,6 +162,11 @@ class GPTModelProvider:
         return -(-self.vocab_size // multiple) * multiple
 
     @property
+    def num_padding_rows(self) -> int:
+        """Rows of the embedding in memory that are no token's."""
+        return self.padded_vocab_size - self.vocab_size
+
+    @property
     def moe_layers(self) -> list[bool]:
         """Say for each layer whether its MLP is a mixture of experts."""
         if self.num_moe_experts is None:

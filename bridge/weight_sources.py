@@ -14,16 +14,19 @@ import torch
 
 from bridge.byte_copy import OpenFiles
 from bridge.contained_path import contained_file
-from bridge.coverage import check_hf_coverage
+from bridge.coverage import check_hf_coverage, check_vocabulary
 from bridge.errors import CheckpointError
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.hf_rows import read_rows
 from bridge.key_forms import as_stored
+from bridge.live_vocabulary import check_same_vocabulary, num_rows
 from bridge.mapped_files import MappedFiles, StoredItems, copy_elements
 from bridge.mapping import Block, WeightPlan
+from bridge.megatron_checkpoint import Vocabulary
 from bridge.quantization import QuantizedTensor
 from bridge.shards import Box, Shard, blocks_by_tensor, check_model_coverage, overlap, part_of, rows_of_block
 from bridge.torch_dist.metadata import METADATA, Chunk, TorchDistMetadata
+from bridge.vocab_padding import EMBEDDING, PADDED_KEYS
 
 DEQUANTIZED_ELEMENTS = 16 << 20  # at a time, of which there are a few copies
 
@@ -31,8 +34,11 @@ DEQUANTIZED_ELEMENTS = 16 << 20  # at a time, of which there are a few copies
 class WeightSource(Protocol):
     """Weights of one model by Megatron's global tensors."""
 
-    def check(self, boxes: set[Box]) -> None:
-        """Raise an InputError unless the model that has `boxes` on its ranks has exactly these tensors."""
+    def check(self, boxes: set[Box], noted: int | None) -> None:
+        """Raise an InputError unless the model that has `boxes` on its ranks has exactly these tensors.
+
+        `noted` is its vocabulary, where that is known.
+        """
 
     def fill(self, shard: Shard) -> None:
         """Copy the shard's part of its global tensor into it, cast to its dtype.
@@ -52,8 +58,10 @@ class HfSource:
         self._files = files
         self._mapped = MappedFiles()
 
-    def check(self, boxes: set[Box]) -> None:
+    def check(self, boxes: set[Box], noted: int | None) -> None:
         check_model_coverage(self._blocks, boxes)
+        vocab_size = self._plan.megatron_shapes[EMBEDDING][0]
+        check_same_vocabulary(noted, num_rows(boxes), vocab_size, str(self._checkpoint.path))
 
     def fill(self, shard: Shard) -> None:
         box = shard.box
@@ -100,8 +108,11 @@ class HfSource:
 class MegatronSource:
     """The model's tensors of a `torch_dist` checkpoint, whatever chunks and names they are stored in."""
 
-    def __init__(self, folder: Path, metadata: TorchDistMetadata, files: OpenFiles) -> None:
+    def __init__(
+        self, folder: Path, metadata: TorchDistMetadata, vocabulary: Vocabulary, files: OpenFiles
+    ) -> None:
         self._folder = folder
+        self._vocabulary = vocabulary
         self._tensors = metadata.tensors
         self._items = StoredItems(files, MappedFiles())
         self._chunks: dict[str, dict[tuple[int, ...], list[Chunk]]] = {}
@@ -109,7 +120,7 @@ class MegatronSource:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._blocks: dict[str, list[Block]] = {}
 
-    def check(self, boxes: set[Box]) -> None:
+    def check(self, boxes: set[Box], noted: int | None) -> None:
         plan = as_stored(plan_of_model(boxes), self._tensors)
         self._shapes, self._blocks = plan.megatron_shapes, defaultdict(list)
         for block in plan.blocks:
@@ -118,6 +129,18 @@ class MegatronSource:
             raise CheckpointError(f"{self._folder} has no {missing[0]!r}, which the model needs")
         if extra := sorted(self._tensors.keys() - self._shapes.keys()):
             raise CheckpointError(f"{self._folder} has {extra[0]!r}, which the model has no place for")
+        self.check_vocabulary(num_rows(boxes), noted)
+
+    def check_vocabulary(self, rows: int, noted: int | None) -> None:
+        """Raise CoverageError unless the embedding of a model, with `rows`, is for the stored vocabulary.
+
+        Where neither the folder nor the model says which that is, all rows are taken for tokens.
+        """
+        vocab_size = self._vocabulary.size or noted or rows
+        check_same_vocabulary(noted, rows, vocab_size, str(self._folder))
+        for key in sorted(self._tensors.keys() & set(PADDED_KEYS)):
+            stored = self._tensors[key].shape[0]
+            check_vocabulary(key, stored, vocab_size, self._vocabulary.padding, str(self._folder))
 
     def fill(self, shard: Shard) -> None:
         for block in self._blocks[name_of(shard.box)]:

@@ -41,7 +41,8 @@ def covered(end: Path, given: GivenModel = NOTHING) -> int:
     if is_megatron_checkpoint(end):
         checkpoint = open_megatron(end, given)
         plan = checkpoint.plan()
-        check_megatron_coverage(plan, checkpoint.metadata.tensors, str(checkpoint.path))
+        stored = checkpoint.metadata.tensors
+        check_megatron_coverage(plan, stored, checkpoint.padding, str(checkpoint.path))
     else:
         source = HfCheckpoint.open(end)
         plan = plan_weights(provider_of(source.config))

@@ -131,11 +131,13 @@ class Saver:
 
 def describe(run: Run, folder: Path) -> None:
     """Add what export and people need: the model's description, its side files, the resolved config."""
+    model = run.config.model
     if run.source is not None:
-        copy_model(run.source, folder)
+        copy_model(run.source, folder, num_padding_rows=model.num_padding_rows)
     else:
         tokenizer = run.config.tokenizer.tokenizer_model
-        write_model(folder, run.config.model, side_files(Path(tokenizer)) if tokenizer else ())
+        files = side_files(Path(tokenizer)) if tokenizer else ()
+        write_model(folder, model, files, num_padding_rows=model.num_padding_rows)
     (folder / RUN_CONFIG).write_text(json.dumps(run.config.to_dict(), indent=1) + "\n")
 
 

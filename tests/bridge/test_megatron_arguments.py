@@ -10,11 +10,12 @@ import torch
 from checkpoints import copy_checkpoint, edit_json
 from plain_checkpoints import ROPE, make_plain_run, save_arguments
 
-from bridge.errors import CheckpointError, ConfigError
+from bridge.errors import BridgeworksError, CheckpointError, ConfigError
 from bridge.exporter import export_checkpoint
 from bridge.importer import import_checkpoint
 from bridge.ledger import compare_ledgers, ledger
-from bridge.megatron_arguments import read_arguments
+from bridge.megatron_arguments import contradictions, read_arguments
+from bridge.provider import GPTModelProvider
 
 Checkpoints = Callable[..., Path]
 
@@ -57,7 +58,7 @@ def test_names_every_contradiction(plain: Path, tmp_path: Path) -> None:
     for part in (
         "num_query_groups is 8, trained was 4",
         "layernorm_epsilon is 1e-05, trained was 1e-06",
-        "vocab_size is 300, trained was 256 with its padding",
+        "vocab_size is 300, trained was 160 with its padding",
     ):
         assert part in str(caught.value)
     assert not (tmp_path / "hf").exists()
@@ -123,3 +124,47 @@ def test_runs_no_code(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert arguments is not None
     assert arguments["num_layers"] == 4
     assert not (tmp_path / "attacked").exists()
+
+
+OTHER_MODELS = {
+    "rotary_interleaved": True,
+    "apply_layernorm_1p": True,
+    "window_size": (3, 0),
+    "softmax_type": "learnable",
+    "softmax_scale": 0.3,
+    "mtp_num_layers": 1,
+    "multi_latent_attention": True,
+    "swiglu": False,
+    "quick_geglu": True,
+    "squared_relu": True,
+    "qk_l2_norm": True,
+    "no_rope_freq": [1, 0],
+    "rotary_seq_len_interpolation_factor": 4,
+    "attention_output_gate": True,
+    "apply_residual_connection_post_layernorm": True,
+    "hybrid_override_pattern": "M*",
+    "openai_gelu": True,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+@pytest.mark.parametrize("described_by", ["a config", "the family"])
+def test_what_changes_the_model_is_never_ignored(
+    name: str, described_by: str, plain: Path, tmp_path: Path
+) -> None:
+    changes = {"swiglu": False} if name in ("quick_geglu", "squared_relu") else {}
+    save_arguments(plain / "iter_0000010", **changes, **{name: OTHER_MODELS[name]})
+    how = {"config_from": tmp_path / "source"} if described_by == "a config" else {"family": "llama"}
+    with pytest.raises(BridgeworksError):
+        export_checkpoint(plain, tmp_path / "hf", **how)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_layers_with_experts_are_compared() -> None:
+    provider = GPTModelProvider(num_layers=4, num_moe_experts=8, moe_layer_freq=[0, 1, 1, 1])
+    named = {"num_experts": 8, "num_attention_heads": 0, "untie_embeddings_and_output_weights": True}
+    assert not [
+        c for c in contradictions(provider, {**named, "moe_layer_freq": [0, 1, 1, 1]}) if "layers" in c.name
+    ]
+    (found,) = [c for c in contradictions(provider, {**named, "moe_layer_freq": 2}) if "layers" in c.name]
+    assert found.trained == [True, False, True, False]
