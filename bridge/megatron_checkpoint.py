@@ -92,8 +92,8 @@ def model_of(folder: Path, config_from: Path | None, family: str | None) -> GPTM
     provider = _described_by(folder, config_from, family)
     if family is not None and family_named(family).model_type != provider.hf_model_type:
         raise ConfigError(
-            f"{folder} is described as a model of the family {provider.hf_model_type!r}, not {family!r}: leave"
-            " out --family"
+            f"{folder} is described as a model of the family {provider.hf_model_type!r}, not {family!r}:"
+            " leave out --family"
         )
     return provider
 

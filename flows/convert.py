@@ -27,6 +27,7 @@ def import_from(hf: str, megatron: Path, **options: Any) -> Conversion:
     from bridge.importer import import_checkpoint
 
     if "://" not in hf:
+        _check_folder(hf)
         with _saying_how_to_go_on(megatron), progress("importing") as show:
             return import_checkpoint(hf, megatron, progress=show, **options)
     from tasks.fetch import fetch_checkpoint
@@ -41,6 +42,16 @@ def import_from(hf: str, megatron: Path, **options: Any) -> Conversion:
             conversion = import_checkpoint(fetched / "checkpoint", megatron, progress=show, **options)
     shutil.rmtree(fetched)
     return conversion
+
+
+def _check_folder(name: str) -> None:
+    """Refuse a name of the hub without hf://, as transformers takes it."""
+    if os.path.lexists(name):
+        return
+    from tasks.address import HUB_NAME
+
+    if HUB_NAME.fullmatch(name.partition("@")[0]) and not name.startswith("."):
+        raise InputError(f"no folder {name} here: for the model of this name on the hub give hf://{name}")
 
 
 def export_to(megatron: Path, hf: Path, **options: Any) -> Conversion:
