@@ -231,6 +231,26 @@ def test_compare_keeps_the_log_of_a_job_that_fails(hf: Path, megatron: Path, tmp
     assert [path for path in (tmp_path / "temporary").rglob("*") if path.is_file()] == [Path(log)]
 
 
+def test_a_name_of_the_hub_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_refused(run("import", "org/name-1B", "out"), "no folder org/name-1B", "hf://org/name-1B")
+    check_refused(run("import", "org/name@main", "out"), "no folder org/name@main", "hf://org/name@main")
+    check_refused(run("import", "a/b/c", "out"), "a/b/c is not a folder")
+
+
+def test_code_of_a_model_is_refused_with_advice(hf: Path, tmp_path: Path) -> None:
+    own = copy_checkpoint(hf, tmp_path / "own")
+    edit_json(own / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    check_refused(run("import", own, tmp_path / "out"), "auto_map", "never run", "out of config.json")
+
+
+def test_a_family_that_is_not_the_checkpoints_is_refused(megatron: Path, tmp_path: Path) -> None:
+    for family, words in (("nope", "unknown model_type 'nope'"), ("qwen2", "'llama', not 'qwen2'")):
+        check_refused(run("export", megatron, tmp_path / "out", "--family", family), words)
+    assert not (tmp_path / "out").exists()
+    assert run("export", megatron, tmp_path / "out", "--family", "llama").returncode == 0
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
