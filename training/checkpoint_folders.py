@@ -1,5 +1,6 @@
 """The folders of a run's checkpoints: their names, which is the latest, and which stay."""
 
+import os
 import re
 import shutil
 import threading
@@ -40,10 +41,30 @@ def remove_leftovers(root: Path, suffixes: tuple[str, ...] = (SUFFIX, REMOVED)) 
 
 
 def write_latest(root: Path, iteration: int) -> None:
-    """Say which checkpoint is the latest, in the file that Megatron-LM's runs have too."""
+    """Say which checkpoint is the latest, in the file that Megatron-LM's runs have too.
+
+    Its name is then safe from a failure of the machine, so that older ones may go.
+    """
     beside = root / f"{LATEST}{SUFFIX}"
     beside.write_text(f"{iteration}\n")
+    flush_one(beside)
     beside.replace(root / LATEST)
+    flush_one(root)
+
+
+def flush(folder: Path, but: Collection[str] = ()) -> None:
+    """Bring a folder's files and names to the disk; `but` are files of which that is sure already."""
+    for path in [*folder.rglob("*"), folder]:
+        if str(path.relative_to(folder)) not in but:
+            flush_one(path)
+
+
+def flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_old(root: Path, most_recent_k: int | None, in_use: Collection[Path] = ()) -> threading.Thread:

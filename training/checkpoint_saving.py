@@ -5,8 +5,8 @@ With `checkpoint.async_save` the parts are written while the run trains on.
 
 import json
 import time
-from collections.abc import Collection
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -19,7 +19,7 @@ from bridge.megatron_checkpoint import write_model
 from bridge.pretrained import copy_model
 from bridge.staging import SUFFIX, staged_folder
 from training.checkpoint import state_of
-from training.checkpoint_folders import folder_of, remove_old, write_latest
+from training.checkpoint_folders import flush, folder_of, remove_old, write_latest
 from training.checkpoint_record import write_record
 from training.checkpoint_writer import Writing
 from training.resume_checks import RUN_CONFIG, describe_data
@@ -78,7 +78,7 @@ class Saver:
         staged = ExitStack()
         torch.distributed.barrier()  # no rank may see the folder that another one makes
         if run.is_first_rank:
-            staged.enter_context(staged_folder(folder, size_of(run)))
+            staged.enter_context(self.staged(folder, size_of(run)))
         torch.distributed.barrier()
         with staged, whole_parameters(run):
             writing = Writing(state_of(run, is_loading=False), folder.with_name(folder.name + SUFFIX))
@@ -97,9 +97,9 @@ class Saver:
             return None
         pending = self._pending
         with pending.staged:
-            pending.writing.finish()
+            crcs = pending.writing.finish()
             if run.is_first_rank:
-                self._describe(run, pending)
+                self._describe(run, pending, crcs)
         self._pending = None
         run.source = pending.folder  # the one before may be removed now
         if run.is_first_rank:
@@ -109,6 +109,13 @@ class Saver:
             self._removal = remove_old(pending.folder.parent, k, in_use)
         torch.distributed.barrier()
         return Sealed(pending.iteration, pending.folder, time.monotonic() - pending.began)
+
+    @contextmanager
+    def staged(self, folder: Path, nbytes: int) -> Iterator[Path]:
+        """Yield the folder to write into; what retention has given up counts as free space."""
+        self.wait_for_removal()
+        with staged_folder(folder, nbytes) as partial:
+            yield partial
 
     def wait_for_removal(self) -> None:
         """Wait until the files of the checkpoints that retention gave up are gone."""
@@ -123,10 +130,12 @@ class Saver:
             with suppress(DroppedError), pending.staged:
                 raise DroppedError
 
-    def _describe(self, run: Run, pending: Pending) -> None:
+    def _describe(self, run: Run, pending: Pending, crcs: dict[str, int]) -> None:
         partial = pending.folder.with_name(pending.folder.name + SUFFIX)
         describe(run, partial)
-        write_record(partial, pending.iteration, self._data)
+        write_record(partial, pending.iteration, self._data, crcs)
+        # a machine that fails now must not leave a folder with its name and without its content
+        flush(partial, but=crcs)
 
 
 def describe(run: Run, folder: Path) -> None:
@@ -142,6 +151,12 @@ def describe(run: Run, folder: Path) -> None:
 
 
 def size_of(run: Run) -> int:
-    """Return about how many bytes a checkpoint takes."""
-    local = sum(parameter.numel() for chunk in run.model for parameter in chunk.parameters())
-    return local * run.config.model.model_parallel_size * BYTES_PER_PARAMETER
+    """Return about how many bytes a checkpoint takes, were all pipeline stages like this one."""
+    model = run.config.model
+    counts = {True: 0, False: 0}
+    for chunk in run.model:
+        for parameter in chunk.parameters():
+            # Megatron's mark of what data-parallel ranks do not share: experts
+            counts[getattr(parameter, "allreduce", True)] += parameter.numel()
+    dense = counts[True] * model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    return (dense + counts[False] * model.expert_ranks) * BYTES_PER_PARAMETER

@@ -6,9 +6,11 @@ that the writer uses threads where Megatron forks once more for each file: a for
 waited for without end, and the queue to it is a third process, which takes six seconds to start with a GPU.
 """
 
+import gc
+import io
+import itertools
 import os
 import pickle
-import queue
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -26,9 +28,10 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import (
     _split_by_size_and_type,
 )
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, SerializationFormat, _write_item
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
+from bridge.byte_copy import crc32
 from bridge.restricted_load import reason
 
 
@@ -37,18 +40,36 @@ class Results:
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this lives)
+        # the CRC-32 of each file, known when the results have been read
+        self.crcs: dict[str, int] = {}
 
     def put(self, value: Any) -> None:
         pickle.dump(value, self._file)
         self._file.flush()
 
     def get_nowait(self) -> Any:
-        """Return what the writer put; an error when it has ended without, as Megatron expects one."""
+        """Return Megatron's list of what is where by file, or the writer's error, as Megatron expects it."""
         self._file.seek(0)
         try:
-            return pickle.load(self._file)
-        except EOFError:
+            value = pickle.load(self._file)
+        except (EOFError, pickle.UnpicklingError):  # it has ended without, or in the middle of it
             return RuntimeError("the process that wrote it was killed")
+        if isinstance(value, Exception):
+            return value
+        places, self.crcs = value
+        return places
+
+
+class DigestedFile(io.BufferedWriter):
+    """A new file that knows the CRC-32 of what was written to it, one piece after the other."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.crc = 0
+
+    def write(self, data: Any) -> int:
+        self.crc = crc32(data, self.crc)
+        return super().write(data)
 
 
 def write_files(
@@ -57,23 +78,30 @@ def write_files(
     """Write a file for each bucket and hand back where the tensors lie, or the first error."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the rank finishes its checkpoint before it leaves
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.disable()  # tensors of the parent's GPU must not be freed here
     torch.set_num_threads(1)  # a fork has none of the threads that OpenMP thinks it has
-    with ThreadPoolExecutor(len(buckets)) as threads:
-        written = list(threads.map(lambda bucket: write_file(transforms, bucket), buckets))
-    errors = [each for each in written if isinstance(each, Exception)]
-    results.put(errors[0] if errors else dict(enumerate(written)))
+    try:
+        with ThreadPoolExecutor(len(buckets)) as threads:
+            written = list(threads.map(lambda bucket: write_file(transforms, bucket), buckets))
+    except Exception as error:  # the rank that waits for the results raises it
+        results.put(first_cause(error))
+        return
+    crcs = {name: crc for (_, name, _), (_, crc) in zip(buckets, written, strict=True)}
+    results.put(({number: places for number, (places, _) in enumerate(written)}, crcs))
 
 
-def write_file(transforms: list[Any], bucket: Any) -> Any:
-    """Return Megatron's list of what is where in the file, or the error, as it does."""
+def write_file(transforms: list[Any], bucket: Any) -> tuple[list[Any], int]:
+    """Write a file that is on disk when this returns; return what is where in it, and its CRC-32."""
     path, name, (objects, tensors) = bucket
-    waiting: queue.Queue[int] = queue.Queue()
-    waiting.put(0)
-    answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    bucket = (path, name, (objects, ((item, compact(tensor)) for item, tensor in tensors)))
-    FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, answer, waiting, use_fsync=True)
-    written = answer.get()[1]
-    return first_cause(written) if isinstance(written, Exception) else written
+    items = itertools.chain(objects, ((item, compact(tensor)) for item, tensor in tensors))
+    with DigestedFile(path) as file:
+        places = [
+            _write_item(*transforms, file, data, item, name, SerializationFormat.TORCH_SAVE)
+            for item, data in items
+        ]
+        file.flush()  # Megatron's own writer forgets it, and with it up to 8 KiB of every file
+        os.fsync(file.fileno())
+        return places, file.crc
 
 
 def first_cause(error: BaseException) -> BaseException:
@@ -113,12 +141,17 @@ class ForkedWriter(FileSystemWriterAsync):
 
 
 @contextmanager
-def forked_writers() -> Iterator[None]:
-    """Put the writer above where Megatron's strategy looks its own up."""
-    original = torch_strategy.FileSystemWriterAsync
-    torch_strategy.FileSystemWriterAsync = ForkedWriter
+def forked_writers() -> Iterator[list[ForkedWriter]]:
+    """Put the writer above where Megatron's strategy looks its own up; yield those that it makes."""
+    original, made = torch_strategy.FileSystemWriterAsync, []
+
+    def make(*arguments: Any, **options: Any) -> ForkedWriter:
+        made.append(ForkedWriter(*arguments, **options))
+        return made[-1]
+
+    torch_strategy.FileSystemWriterAsync = make
     try:
-        yield
+        yield made
     finally:
         torch_strategy.FileSystemWriterAsync = original
 
@@ -130,8 +163,9 @@ class Writing:
         """Plan, copy from the GPU and fork: when this returns, the tensors may change."""
         self._folder = folder
         self._caller = TemporalAsyncCaller()
-        with forked_writers():
+        with forked_writers() as writers:
             self._request = dist_checkpointing.save(state, str(folder), async_sharded_save=True)
+        self._results = [writer.results_queue for writer in writers if writer.results_queue is not None]
         self._caller.schedule_async_call(self._request)
 
     @property
@@ -143,8 +177,11 @@ class Writing:
         """Say whether the writers of all ranks have ended: a sum of one number over all ranks."""
         return self._caller.is_current_async_call_done(blocking=False)
 
-    def finish(self) -> None:
-        """Wait for all writers, and write what says where everything lies; their failure is an error."""
+    def finish(self) -> dict[str, int]:
+        """Wait for all writers, and write what says where everything lies; their failure is an error.
+
+        Returns the CRC-32 of each file with tensors, on the first rank; nothing on the others.
+        """
         self._caller.is_current_async_call_done(blocking=True)
         try:
             for step in self._request.finalize_fns:
@@ -152,6 +189,14 @@ class Writing:
         except CheckpointException as error:
             # no verdict on what was asked for: another attempt may find more space or memory
             raise RuntimeError(f"{self._folder} could not be written: {reason(error)}") from error
+        return self._all_crcs()
+
+    def _all_crcs(self) -> dict[str, int]:
+        mine = {name: crc for results in self._results for name, crc in results.crcs.items()}
+        is_first = torch.distributed.get_rank() == 0
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.gather_object(mine, everyone if is_first else None, dst=0)
+        return {name: crc for each in everyone for name, crc in each.items()} if is_first else {}
 
     def drop(self) -> None:
         """End this rank's writer, whatever the others do."""

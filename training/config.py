@@ -104,6 +104,8 @@ class CheckpointConfig:
     pretrained_checkpoint: str | None = None
     # write checkpoints while training goes on
     async_save: bool = False
+    # read all tensors of a checkpoint before a run goes on from it; every rank reads its share
+    verify_tensors: bool = True
     # where the last checkpoint is damaged, go on from the one before it
     fall_back_if_damaged: bool = False
     # go on from a checkpoint although samples are not those that the run would have seen

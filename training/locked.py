@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,31 @@ from bridge.errors import InputError
 
 
 @contextmanager
-def locked(folder: Path, refusal: str | None = None) -> Iterator[None]:
-    """Hold the folder's lock; while another process does, wait, or raise `refusal` as InputError."""
+def locked(folder: Path, refusal: str | None = None, patience: float = 0.0) -> Iterator[None]:
+    """Hold the folder's lock.
+
+    While another process does, wait; with `refusal`, no longer than `patience` seconds, and raise it as
+    InputError then.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        if refusal is None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        elif not taken(descriptor, time.monotonic() + patience):
+            raise InputError(f"{folder} {refusal}")
         yield
-    except BlockingIOError as error:
-        raise InputError(f"{folder} {refusal}") from error
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # forks may have the descriptor too
     finally:
         os.close(descriptor)
+
+
+def taken(descriptor: int, deadline: float) -> bool:
+    """Take the lock before `deadline`, if it is free then."""
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)

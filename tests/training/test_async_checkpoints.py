@@ -1,5 +1,6 @@
 """A run whose checkpoints are written beside it, with the writer stopped, killed and out of space."""
 
+import fcntl
 import json
 import os
 import signal
@@ -77,6 +78,22 @@ class Training:
 
         return self.wait_for(caught, process)
 
+    def is_locked(self) -> bool:
+        """Say whether another run would be refused."""
+        descriptor = os.open(self.output, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def allow_damage(self) -> None:
+        job = json.loads(self.job.read_text())
+        job["config"]["checkpoint"]["fall_back_if_damaged"] = True
+        self.job.write_text(json.dumps(job))
+
     def names(self) -> list[str]:
         return [path.name for path in complete_checkpoints(self.output)]
 
@@ -112,6 +129,7 @@ def test_a_run_survives_what_happens_to_its_writers(training, undisturbed):
     run.wait_for(lambda: run.iterations() >= reached + 2, process)
     assert run.names() == sealed
     assert list(run.output.glob("iter_*.partial"))
+    assert run.is_locked()
     process.kill()
     process.wait(60)
     assert run.names() == sealed
@@ -137,7 +155,20 @@ def test_a_run_survives_what_happens_to_its_writers(training, undisturbed):
     assert (run.output / "latest_checkpointed_iteration.txt").read_text() == f"{stopped}\n"
     assert not list(run.output.glob("iter_*.partial"))
 
+    # a disk changes a bit of a weight: the run does not go on from it unknowingly
+    tensors = sorted((run.output / run.names()[-1]).glob("*.distcp"))[0]
+    with tensors.open("r+b") as file:
+        file.seek(tensors.stat().st_size // 2)
+        changed = file.read(1)[0] ^ 1
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([changed]))
+    assert run.start().wait(60) == 2, run.log()
+    message = json.loads(run.report.read_text())["error"]["message"]
+    assert f"{run.names()[-1]} is damaged: {tensors.name} is not what was written" in message
+    run.allow_damage()
     assert run.start().wait(120) == 0, run.log()
+    assert (run.output / f"{tensors.parent.name}.damaged").is_dir()
+    assert not run.is_locked()
     for key in ("loss", "grad_norm"):
         found, expected = (
             {line["iteration"]: line[key] for line in read_metrics(each.metrics)}

@@ -1,7 +1,11 @@
+import os
+from pathlib import Path
+
 from bridge.staging import SUFFIX
 from training.checkpoint_folders import (
     REMOVED,
     complete_checkpoints,
+    flush,
     remove_leftovers,
     remove_old,
     write_latest,
@@ -41,3 +45,34 @@ def test_latest_is_replaced_whole(tmp_path):
     write_latest(tmp_path, 10)
     assert names(tmp_path) == ["latest_checkpointed_iteration.txt"]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "10\n"
+
+
+def flushed(monkeypatch) -> list[tuple[str, list[str]]]:
+    """What is brought to the disk from now on, with the names that are beside it then."""
+    found, fsync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        found.append((path.name, names(path.parent)))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    return found
+
+
+def test_files_and_their_names_are_brought_to_the_disk(tmp_path, monkeypatch):
+    folders(tmp_path, "iter_0000005", "iter_0000005/hf")
+    (tmp_path / "iter_0000005" / "__0_0.distcp").touch()
+    found = flushed(monkeypatch)
+    flush(tmp_path / "iter_0000005", but={"__0_0.distcp": 17})
+    assert sorted(name for name, _ in found) == ["file", "file", "hf", "iter_0000005"]
+    assert found[-1][0] == "iter_0000005"
+
+
+def test_the_latest_is_on_the_disk_before_older_ones_go(tmp_path, monkeypatch):
+    found = flushed(monkeypatch)
+    write_latest(tmp_path, 10)
+    latest = "latest_checkpointed_iteration.txt"
+    assert found[0] == (f"{latest}{SUFFIX}", [f"{latest}{SUFFIX}"])
+    assert found[1][0] == tmp_path.name
+    assert (tmp_path / latest).is_file()
