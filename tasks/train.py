@@ -101,7 +101,7 @@ def config_for(recipe: str, parallel: ParallelSpec, model: GPTModelProvider) -> 
     config = recipe_named(recipe)()
     settings: dict[str, Any] = {name: getattr(config.model, name) for name in RUN_FIELDS}
     settings["seq_length"] = settings["seq_length"] or min(model.max_position_embeddings, LONGEST_DEFAULT)
-    config.model = dataclasses.replace(model, **settings, **parallel.model_sizes)
+    config.model = dataclasses.replace(model, **(settings | parallel.model_sizes))
     return config
 
 
