@@ -55,40 +55,42 @@ SIZE_405B = _size(126, 16384, 53248, 128, 8)
 
 
 def llama2_7b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Llama 2 7B."""
+    """Return a pretraining config for Llama 2 7B, for 8 H100s or more."""
     return pretrain_config({**LLAMA2, **SIZE_7B}, changes, tensor=2)
 
 
 def llama3_8b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Llama 3 8B."""
-    return pretrain_config({**LLAMA3, **SIZE_8B}, changes, context=2)
+    """Return a pretraining config for Llama 3 8B, for 8 H100s or more."""
+    return pretrain_config({**LLAMA3, **SIZE_8B}, changes, tensor=2)
 
 
 def llama3_70b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Llama 3 70B."""
+    """Return a pretraining config for Llama 3 70B, for 64 H100s or more."""
     return pretrain_config({**LLAMA3, **SIZE_70B}, changes, lr=1.5e-4, tensor=4, pipeline=4, context=2)
 
 
 def llama31_8b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Llama 3.1 8B."""
-    return pretrain_config({**LLAMA31, **SIZE_8B}, changes, context=2)
+    """Return a pretraining config for Llama 3.1 8B, for 8 H100s or more."""
+    return pretrain_config({**LLAMA31, **SIZE_8B}, changes, tensor=2)
 
 
 def llama31_70b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Llama 3.1 70B."""
+    """Return a pretraining config for Llama 3.1 70B, for 64 H100s or more."""
     return pretrain_config({**LLAMA31, **SIZE_70B}, changes, lr=1.5e-4, tensor=4, pipeline=4, context=2)
 
 
 def llama31_405b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Llama 3.1 405B."""
-    return pretrain_config({**LLAMA31, **SIZE_405B}, changes, lr=8e-5, tensor=8, pipeline=9, context=2)
+    """Return a pretraining config for Llama 3.1 405B, for 512 H100s or more."""
+    # 126 layers, embedding and loss are 128: two for each of 8 chunks of 8 stages
+    sizes = {"tensor": 8, "pipeline": 8, "virtual": 8, "context": 4}
+    return pretrain_config({**LLAMA31, **SIZE_405B}, changes, lr=8e-5, **sizes, outer_count=True)
 
 
 def llama32_1b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Llama 3.2 1B."""
+    """Return a pretraining config for Llama 3.2 1B, for 8 H100s or more."""
     return pretrain_config({**LLAMA32, **SIZE_1B}, changes)
 
 
 def llama32_3b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Llama 3.2 3B."""
+    """Return a pretraining config for Llama 3.2 3B, for 8 H100s or more."""
     return pretrain_config({**LLAMA32, **SIZE_3B}, changes)

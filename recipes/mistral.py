@@ -22,5 +22,5 @@ MISTRAL_7B = {
 
 
 def mistral_7b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Mistral 7B v0.3."""
+    """Return a pretraining config for Mistral 7B v0.3, for 8 H100s or more."""
     return pretrain_config(MISTRAL_7B, changes, tensor=2)

@@ -27,6 +27,8 @@ def pretrain_config(
     lr: float = 3e-4,
     tensor: int = 1,
     pipeline: int = 1,
+    virtual: int | None = None,
+    outer_count: bool = False,
     context: int = 1,
     expert: int = 1,
 ) -> ConfigContainer:
@@ -42,6 +44,10 @@ def pretrain_config(
     model.seq_length = min(SEQ_LENGTH, model.max_position_embeddings)
     model.tensor_model_parallel_size = changes.get("tensor_model_parallel_size", tensor)
     model.pipeline_model_parallel_size = pipeline
+    if "pipeline_model_parallel_size" not in changes:  # which another number of stages may not divide
+        model.virtual_pipeline_model_parallel_size = virtual
+        model.account_for_embedding_in_pipeline_split = outer_count
+        model.account_for_loss_in_pipeline_split = outer_count
     model.context_parallel_size = context
     model.expert_model_parallel_size = expert
     model.expert_tensor_parallel_size = 1 if expert > 1 else None

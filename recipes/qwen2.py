@@ -42,55 +42,55 @@ SIZE_72B = _size(80, 8192, 29568, 64, 8, 152064)
 
 
 def qwen2_500m_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen2 0.5B."""
+    """Return a pretraining config for Qwen2 0.5B, for 8 H100s or more."""
     return pretrain_config({**QWEN2, **SIZE_500M}, changes)
 
 
 def qwen2_1p5b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen2 1.5B."""
+    """Return a pretraining config for Qwen2 1.5B, for 8 H100s or more."""
     return pretrain_config({**QWEN2, **SIZE_1P5B}, changes)
 
 
 def qwen2_7b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen2 7B."""
+    """Return a pretraining config for Qwen2 7B, for 8 H100s or more."""
     return pretrain_config({**QWEN2, **LONG, **SIZE_7B}, changes, tensor=2)
 
 
 def qwen2_72b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen2 72B."""
+    """Return a pretraining config for Qwen2 72B, for 32 H100s or more."""
     return pretrain_config({**QWEN2, **LARGE, **SIZE_72B}, changes, lr=1.5e-4, tensor=8, pipeline=4)
 
 
 def qwen25_500m_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen2.5 0.5B."""
+    """Return a pretraining config for Qwen2.5 0.5B, for 8 H100s or more."""
     return qwen2_500m_pretrain_config(**changes)
 
 
 def qwen25_1p5b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen2.5 1.5B."""
+    """Return a pretraining config for Qwen2.5 1.5B, for 8 H100s or more."""
     return qwen2_1p5b_pretrain_config(**changes)
 
 
 def qwen25_3b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen2.5 3B."""
+    """Return a pretraining config for Qwen2.5 3B, for 8 H100s or more."""
     return pretrain_config({**QWEN2, **SIZE_3B}, changes)
 
 
 def qwen25_7b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen2.5 7B."""
+    """Return a pretraining config for Qwen2.5 7B, for 8 H100s or more."""
     return qwen2_7b_pretrain_config(**changes)
 
 
 def qwen25_14b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen2.5 14B."""
+    """Return a pretraining config for Qwen2.5 14B, for 8 H100s or more."""
     return pretrain_config({**QWEN2, **LARGE, **SIZE_14B}, changes, tensor=4)
 
 
 def qwen25_32b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen2.5 32B."""
+    """Return a pretraining config for Qwen2.5 32B, for 16 H100s or more."""
     return pretrain_config({**QWEN2, **LARGE, **SIZE_32B}, changes, lr=1.5e-4, tensor=8, pipeline=2)
 
 
 def qwen25_72b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen2.5 72B."""
+    """Return a pretraining config for Qwen2.5 72B, for 32 H100s or more."""
     return pretrain_config({**QWEN2, **LARGE, **SIZE_72B}, changes, lr=1.5e-4, tensor=8, pipeline=4)

@@ -39,30 +39,30 @@ SIZE_32B = _size(64, 5120, 25600, 64)
 
 
 def qwen3_600m_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen3 0.6B."""
+    """Return a pretraining config for Qwen3 0.6B, for 8 H100s or more."""
     return pretrain_config({**QWEN3, **SIZE_600M}, changes)
 
 
 def qwen3_1p7b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen3 1.7B."""
+    """Return a pretraining config for Qwen3 1.7B, for 8 H100s or more."""
     return pretrain_config({**QWEN3, **SIZE_1P7B}, changes)
 
 
 def qwen3_4b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen3 4B."""
+    """Return a pretraining config for Qwen3 4B, for 8 H100s or more."""
     return pretrain_config({**QWEN3, **SIZE_4B}, changes, tensor=2)
 
 
 def qwen3_8b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen3 8B."""
+    """Return a pretraining config for Qwen3 8B, for 8 H100s or more."""
     return pretrain_config({**QWEN3, **SIZE_8B}, changes, tensor=4)
 
 
 def qwen3_14b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen3 14B."""
+    """Return a pretraining config for Qwen3 14B, for 8 H100s or more."""
     return pretrain_config({**QWEN3, **SIZE_14B}, changes, tensor=8)
 
 
 def qwen3_32b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen3 32B."""
+    """Return a pretraining config for Qwen3 32B, for 16 H100s or more."""
     return pretrain_config({**QWEN3, **SIZE_32B}, changes, lr=1.5e-4, tensor=8, pipeline=2)

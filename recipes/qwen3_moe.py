@@ -37,21 +37,15 @@ def _size(layers: int, hidden: int, intermediate: int, moe_intermediate: int, he
 
 SIZE_30B_A3B = _size(48, 2048, 6144, 768, 32)
 SIZE_235B_A22B = _size(94, 4096, 12288, 1536, 64)
-OUTER_STAGES = {
-    "account_for_embedding_in_pipeline_split": True,
-    "account_for_loss_in_pipeline_split": True,
-}
 
 
 def qwen3_30b_a3b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen3 30B-A3B."""
+    """Return a pretraining config for Qwen3 30B-A3B, for 16 H100s or more."""
     return pretrain_config({**QWEN3_MOE, **SIZE_30B_A3B}, changes, tensor=4, pipeline=2, expert=4)
 
 
 def qwen3_235b_a22b_pretrain_config(**changes: Any) -> ConfigContainer:
-    """Return a pretraining config for Qwen3 235B-A22B."""
-    if "pipeline_model_parallel_size" not in changes:
-        # 94 layers, embedding and loss are 96, which 16 stages share out evenly
-        changes = {**OUTER_STAGES, **changes}
+    """Return a pretraining config for Qwen3 235B-A22B, for 128 H100s or more."""
+    # 94 layers, embedding and loss are 96, which 16 stages share out evenly
     sizes = {"tensor": 4, "pipeline": 16, "context": 2, "expert": 8}
-    return pretrain_config({**QWEN3_MOE, **SIZE_235B_A22B}, changes, lr=1.5e-4, **sizes)
+    return pretrain_config({**QWEN3_MOE, **SIZE_235B_A22B}, changes, lr=1.5e-4, **sizes, outer_count=True)

@@ -229,16 +229,19 @@ def intermediate(model: GPTModelProvider, width: int, entering: int) -> int:
 
 
 def moe_activations(model: GPTModelProvider, entering: int) -> float:
-    """Count the norm, and for each chosen expert a token's copies and what its two products keep."""
+    """Count the norm, and for each chosen expert a token's copies and what its two products keep.
+
+    A rank sends out the part of the sequence that sequence parallelism gives it, and experts of one rank each
+    get as much on average; only experts that are split over ranks gather their tokens from them
+    (megatron/core/transformer/moe/token_dispatcher.py, MoEAlltoAllTokenDispatcher).
+    """
     width = model.moe_ffn_hidden_size or model.ffn_hidden_size
+    tensor, own = model.tensor_model_parallel_size, expert_tensor_size(model)
     copies = (2 + entering) * model.hidden_size  # as the experts got it, and what they gave to be summed up
-    routed = model.moe_router_topk * (
-        copies + intermediate(model, width, entering) / expert_tensor_size(model)
-    )
+    routed = model.moe_router_topk * (own * copies + intermediate(model, width, entering)) / tensor
     shared = intermediate(model, model.moe_shared_expert_intermediate_size or 0, entering)
     scores = 3 * 4 * (model.num_moe_experts or 0)
-    dense = shared / model.tensor_model_parallel_size
-    return norm_activations(model, entering) + routed + dense + scores
+    return norm_activations(model, entering) + routed + (shared + scores) / tensor
 
 
 def logits_bytes(config: ConfigContainer) -> int:

@@ -12,7 +12,13 @@ from typing import Any
 from bridge.errors import ConfigError
 from training.config import ConfigContainer
 from training.flops import flops_per_token
-from training.memory_estimate import ModelSize, RankMemory, estimate_memory, stage_parameters
+from training.memory_estimate import (
+    ModelSize,
+    RankMemory,
+    estimate_memory,
+    expert_tensor_size,
+    stage_parameters,
+)
 
 NODE_SIZE = 8  # GPUs that NVLink joins
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragments
@@ -255,7 +261,7 @@ def messages(config: ConfigContainer, num_gpus: int, gpu: Gpu, size: ModelSize) 
         / tensor
         * (expert - 1)
         / expert
-        / rate(gpu, tensor * expert),
+        / rate(gpu, expert_tensor_size(model) * expert),
         "context": EXPOSED * 3 * layers * key_value * (context - 1) / rate(gpu, tensor * context),
     }
     gradients = 6 * parameters * (copies - 1) / copies / ((gpu.nvlink if in_node else gpu.network) * 1e9)

@@ -1,4 +1,5 @@
 import math
+import re
 import subprocess
 import sys
 
@@ -7,6 +8,8 @@ import pytest
 from bridge.errors import ConfigError
 from bridge.families import plan_weights
 from recipes.registry import all_recipes, recipe_named
+from training.memory_estimate import estimate_memory
+from training.parallel_plan import GPUS, USABLE
 
 # billions of parameters as the models' cards say
 SIZES = {
@@ -35,6 +38,21 @@ PRETRAINING = [name for name in all_recipes() if name != "continued_pretrain_con
 def test_recipe_is_complete_and_possible(name):
     config = all_recipes()[name]()
     assert config.validate(config.model.model_parallel_size * 2).model.hf_model_type
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_recipe_fits_the_gpus_that_its_docstring_names(name):
+    recipe = all_recipes()[name]
+    num_gpus = int(re.search(r"(\d+) H100s", recipe.__doc__)[1])
+    config = recipe().validate(num_gpus)
+    assert estimate_memory(config, num_gpus).total <= USABLE * GPUS["h100"].memory * 2**30
+
+
+@pytest.mark.parametrize("name", ["llama31_405b_pretrain_config", "qwen3_235b_a22b_pretrain_config"])
+def test_another_number_of_stages_drops_the_recipes_own_split(name):
+    model = recipe_named(name)(pipeline_model_parallel_size=1).model.finalize()
+    assert model.virtual_pipeline_model_parallel_size is None
+    assert not model.account_for_loss_in_pipeline_split
 
 
 @pytest.mark.parametrize(("model", "billions"), SIZES.items())

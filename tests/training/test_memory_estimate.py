@@ -14,6 +14,7 @@ from training.memory_estimate import (
     estimate_memory,
     layer_activations,
     microbatches_in_flight,
+    moe_activations,
     stage_parameters,
 )
 from training.precision import mixed_precision
@@ -81,6 +82,17 @@ def test_saved_tensors_of_a_layer() -> None:
     model = provider_of(llama3_8b_pretrain_config().model.hf_config)
     norms, attention, mlp = 4 * 2 * 4096, 2 * (4096 + 1024 + 1024 + 4096) + 4 * 32, 2 * 3 * 14336
     assert layer_activations(model, moe=False) == norms + attention + mlp
+
+
+def test_experts_keep_their_part_of_the_sequence() -> None:
+    """Split over tensor ranks they gather it whole; alone on a rank they see a quarter of it."""
+    model = qwen3_30b_a3b_pretrain_config().model
+    norm, chosen, copies = 4 * 2048, 8, 2 * 2 * 2048
+    products, scores = 2 * 3 * 768, 3 * 4 * 128
+    assert model.tensor_model_parallel_size == 4
+    assert moe_activations(model, 2) == (norm + chosen * (copies + products) + scores) / 4
+    model.expert_tensor_parallel_size = None
+    assert moe_activations(model, 2) == (norm + chosen * (4 * copies + products) + scores) / 4
 
 
 ONE_COPY = {

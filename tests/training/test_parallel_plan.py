@@ -10,8 +10,9 @@ from recipes.llama import (
     llama31_405b_pretrain_config,
     llama32_1b_pretrain_config,
 )
-from training.memory_estimate import estimate_memory
-from training.parallel_plan import GPUS, USABLE, gpu_named, plan_parallel, plan_rows
+from recipes.qwen3_moe import qwen3_30b_a3b_pretrain_config
+from training.memory_estimate import ModelSize, estimate_memory
+from training.parallel_plan import GPUS, USABLE, gpu_named, messages, plan_parallel, plan_rows
 
 H100, H200 = GPUS["h100"], GPUS["h200"]
 
@@ -38,6 +39,14 @@ def test_layers_that_no_power_of_two_divides_leave_outer_stages_smaller() -> Non
     assert counts[0] == counts[-1] == counts[1] - 1
     stages = [layers_of_stage(config.model, s) for s in range(config.model.pipeline_model_parallel_size)]
     assert sorted(layer for stage in stages for layer in stage) == list(range(126))
+
+
+def test_experts_of_one_rank_each_stay_in_a_node() -> None:
+    """Their group is of neighbours, whatever the tensor size; split over ranks it reaches beyond a node."""
+    model = (config := qwen3_30b_a3b_pretrain_config(expert_model_parallel_size=8)).model
+    inside = messages(config, 16, H100, size := ModelSize(model))["expert"]
+    model.expert_tensor_parallel_size = None
+    assert messages(config, 16, H100, size)["expert"] == pytest.approx(inside * H100.nvlink / H100.network)
 
 
 def test_every_layout_that_is_offered_can_run() -> None:
