@@ -44,9 +44,9 @@ def test_layers_that_no_power_of_two_divides_leave_outer_stages_smaller() -> Non
 def test_experts_of_one_rank_each_stay_in_a_node() -> None:
     """Their group is of neighbours, whatever the tensor size; split over ranks it reaches beyond a node."""
     model = (config := qwen3_30b_a3b_pretrain_config(expert_model_parallel_size=8)).model
-    inside = messages(config, 16, H100, size := ModelSize(model))["expert"]
+    inside = messages(config, 64, H100, size := ModelSize(model))["expert"]
     model.expert_tensor_parallel_size = None
-    assert messages(config, 16, H100, size)["expert"] == pytest.approx(inside * H100.nvlink / H100.network)
+    assert messages(config, 64, H100, size)["expert"] == pytest.approx(inside * H100.nvlink / H100.network)
 
 
 def test_every_layout_that_is_offered_can_run() -> None:
