@@ -126,6 +126,7 @@ def padding_of(arguments: Arguments) -> VocabPadding:
     return VocabPadding(
         divisible_by=arguments.get("make_vocab_size_divisible_by") or DEFAULT_MULTIPLE,
         tensor_sizes=(*USUAL_SIZES, arguments.get("tensor_model_parallel_size") or 1),
+        num_tokens=arguments.get("vocab_size"),
         total=arguments.get("padded_vocab_size"),
     )
 

@@ -23,12 +23,14 @@ class VocabPadding:
     """What a checkpoint says of its padding.
 
     `num_rows` are recorded by whoever saved it. Without that record a vocabulary may be padded to
-    `divisible_by` times a tensor parallel size; `total` is that of the arguments of plain Megatron-LM.
+    `divisible_by` times a tensor parallel size. `num_tokens` and `total` are from the arguments of plain
+    Megatron-LM: the vocabulary, which may be without its end of document, and the padded one.
     """
 
     num_rows: int | None = None
     divisible_by: int = DEFAULT_MULTIPLE
     tensor_sizes: tuple[int, ...] = USUAL_SIZES
+    num_tokens: int | None = None
     total: int | None = None
 
     def explains(self, rows: int, vocab_size: int) -> bool:
@@ -37,7 +39,12 @@ class VocabPadding:
             return rows == vocab_size + self.num_rows
         if self.total is not None and rows != self.total:
             return False
+        if rows != vocab_size and not self._is_trained(vocab_size):
+            return False
         return rows in self._possible(vocab_size)
+
+    def _is_trained(self, vocab_size: int) -> bool:
+        return self.num_tokens is None or vocab_size in (self.num_tokens, self.num_tokens + 1)
 
     def _possible(self, vocab_size: int) -> Iterable[int]:
         yield vocab_size
@@ -53,6 +60,8 @@ class VocabPadding:
             return f"{found} and {self.num_rows} recorded as padding"
         if self.total is not None and rows != self.total:
             return f"{found}, its arguments say {self.total}"
+        if not self._is_trained(vocab_size):
+            return f"{found}, its arguments say {self.num_tokens} tokens"
         return (
             f"{found}, which is no padding to a multiple of {self.divisible_by} times a tensor parallel size"
         )

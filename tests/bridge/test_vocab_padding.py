@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from checkpoints import copy_checkpoint, edit_json
-from megatron.core import dist_checkpointing
 from plain_checkpoints import ROPE, make_plain_run, save_arguments
 
 from bridge import AutoBridge, distributed
-from bridge.errors import ConfigError, CoverageError
+from bridge.errors import CheckpointError, ConfigError, CoverageError, InputError
 from bridge.exporter import export_checkpoint
 from bridge.ledger import compare_ledgers, ledger
 from bridge.live_checkpoint import load_checkpoint
@@ -102,11 +100,56 @@ def test_the_padding_of_a_run_is_recorded_and_taken_off(
     assert compare_ledgers(ledger(hf_checkpoint("qwen2")), ledger(tmp_path / "hf")).passed
 
 
+@pytest.fixture
+def plain(hf_checkpoint: Checkpoints, megatron_checkpoint: Checkpoints, tmp_path: Path) -> Path:
+    """A run of plain Megatron-LM with 96 rows behind its 160 tokens."""
+    run = make_plain_run(megatron_checkpoint("llama", vocab_size=256, **ROPE), tmp_path / "run")
+    save_arguments(run / "iter_0000010", make_vocab_size_divisible_by=128, padded_vocab_size=256)
+    return run
+
+
+def test_padding_of_plain_megatron_is_taken_off(
+    plain: Path, hf_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    padded = ledger(hf_checkpoint("llama", vocab_size=256, **ROPE)).records
+    described = hf_checkpoint("llama", **ROPE)
+    for name, options in {"config": {"config_from": described}, "family": {"family": "llama"}}.items():
+        export_checkpoint(plain, tmp_path / name, **options)
+        records = ledger(tmp_path / name).records
+        different = {a.name for a, b in zip(records, padded, strict=True) if a.content != b.content}
+        assert different == {"lm_head.weight", "model.embed_tokens.weight"}
+        assert all(each.shape == (160, 64) for each in records if each.name in different)
+
+
+@pytest.mark.parametrize("vocab_size", [130, 162, 255])
+def test_tokens_of_plain_megatron_are_no_padding(
+    vocab_size: int, plain: Path, hf_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    described = hf_checkpoint("llama", vocab_size=vocab_size, **ROPE)
+    with pytest.raises(ConfigError, match=f"vocab_size is {vocab_size}, trained was 256 with its padding"):
+        export_checkpoint(plain, tmp_path / "hf", config_from=described)
+
+
+@pytest.mark.parametrize(
+    ("total", "message"),
+    [
+        (100_000, "vocab_size is 160, trained was 100000 with its padding"),
+        (512, "has 256 rows for a vocabulary of 160, its arguments say 512"),
+    ],
+)
+def test_arguments_that_contradict_the_rows_are_refused(
+    total: int, message: str, plain: Path, tmp_path: Path
+) -> None:
+    save_arguments(plain / "iter_0000010", padded_vocab_size=total)
+    with pytest.raises(InputError, match=message):
+        export_checkpoint(plain, tmp_path / "hf", family="llama")
+
+
 @pytest.mark.parametrize("record", [-1, 96.0, True, "96"])
 def test_a_record_that_is_no_number_of_rows_is_refused(
     record: object, megatron_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     folder = copy_checkpoint(megatron_checkpoint("llama"), tmp_path / "megatron")
     edit_json(folder / MODEL, num_padding_rows=record)
-    with pytest.raises(Exception, match=r"model\.json is malformed: num_padding_rows is"):
+    with pytest.raises(CheckpointError, match=r"model\.json is malformed: num_padding_rows is"):
         export_checkpoint(folder, tmp_path / "hf")
