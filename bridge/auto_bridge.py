@@ -22,6 +22,7 @@ from bridge.importer import import_checkpoint
 from bridge.pretrained import read_model, resolve_pretrained
 from bridge.progress_bar import progress_bar
 from bridge.provider import GPTModelProvider
+from bridge.same_model import check_same_model
 from bridge.shared_folder import on_first_rank, shared_folder
 
 # What a hub repository has that a bridge reads: no code, and no weights in other formats.
@@ -101,12 +102,21 @@ class AutoBridge:
     def load_hf_weights(self, model: Model, hf_path: str | Path | None = None) -> None:
         """Fill a model in place with this checkpoint's weights, or with those of another folder.
 
-        Each rank reads only the slices that it holds.
+        Each rank reads only the slices that it holds. A folder whose config makes it another model, were it
+        only by the base of its rope, is a ConfigError.
         """
-        source = HfCheckpoint.open(local_folder(hf_path)) if hf_path else self.checkpoint
+        source = self._other(local_folder(hf_path)) if hf_path else self.checkpoint
         if source is None:
             raise ConfigError("this bridge was made from a config alone: name the folder of the weights")
         live_weights.load_hf_weights(model, provider_of(self.config), source)
+
+    def _other(self, folder: Path) -> HfCheckpoint:
+        """Open another folder with weights of this bridge's model."""
+        checkpoint = HfCheckpoint.open(folder)
+        # code that it brings is not run: its config must say the same as the bridge's, that is all
+        config = without_own_code(checkpoint.config, trust_remote_code=True)
+        check_same_model(provider_of(self.config), provider_of(config), str(folder))
+        return checkpoint
 
     def export_hf_weights(
         self, model: Model, *, dtype: Dtype | None = None, **options: Any

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,35 @@ def test_weights_of_another_folder_replace_those_of_a_model(hf_checkpoint: Calla
     weights = dict(bridge.export_hf_weights(model))
     file = next(other.glob("*.safetensors"))
     assert all(torch.equal(weights[name], weight) for name, weight in load_file(file).items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, r"rope_theta is 10000\.0 there"),
+        ({"rms_norm_eps": 1e-2}, r"layernorm_epsilon is 0\.01 there and 1e-06 here"),
+        # the same shapes, in other heads
+        ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}, "kv_channels is 32 there"),
+    ],
+)
+def test_weights_of_another_model_are_refused(
+    settings: dict[str, Any], message: str, hf_checkpoint: Callable[..., Path]
+) -> None:
+    bridge = AutoBridge.from_hf_pretrained(hf_checkpoint("llama"))
+    model = bridge.to_megatron_model(wrap_with_ddp=False)
+    with pytest.raises(ConfigError, match=f"llama.* is not of this bridge's model: .*{message}"):
+        bridge.load_hf_weights(model, hf_checkpoint("llama", **settings))
+
+
+def test_weights_of_a_longer_context_and_another_dtype_are_taken(hf_checkpoint: Callable[..., Path]) -> None:
+    settings = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    bridge = AutoBridge.from_hf_pretrained(hf_checkpoint("qwen2", **settings))
+    model = bridge.to_megatron_model(wrap_with_ddp=False)
+    other = hf_checkpoint("qwen2", dtype="float32", max_position_embeddings=1024, **settings)
+    bridge.load_hf_weights(model, other)
+    file = next(other.glob("*.safetensors"))
+    weights = dict(bridge.export_hf_weights(model))
+    assert all(torch.equal(weights[name], weight.bfloat16()) for name, weight in load_file(file).items())
 
 
 @pytest.mark.parametrize("add_qkv_bias", [True, False])
