@@ -24,6 +24,8 @@ CURVES = (
     "backward_seconds",
     "optimizer_seconds",
     "checkpoint_seconds",
+    "checkpoint_written_seconds",
+    "loss_scale",
     "nan",
     "spike",
     "skipped",

@@ -156,7 +156,7 @@ class LoggerConfig:
 
     metrics_path: str | None = None
     log_interval: int = 10
-    # a folder for TensorBoard's files; needs the package tensorboard
+    # a folder for TensorBoard's files
     tensorboard_dir: str | None = None
     # TFLOP/s of one GPU that count as 100%; None looks its name up in training.throughput
     peak_tflops: float | None = None

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bridge.exporter import export_checkpoint
 from bridge.ledger import DIFFERENT, ONLY_A, ONLY_B, compare_ledgers, ledger
+from tasks.metrics_follower import CURVES
 from training.checkpoint_folders import complete_checkpoints
 from training.metrics import read_metrics
 
@@ -150,6 +151,7 @@ def test_tensorboard_shows_what_is_in_the_metrics_file(runs, folder):
         name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()["scalars"]
     }
     names = {name for line in read_metrics(folder / "exporting.jsonl") for name in line}
+    assert set(shown) <= set(CURVES)  # which a release gives to MLflow
     assert set(shown) == names - {"iteration", "train_iters", "consumed_samples", "time", "exported"}
     assert {"loss", "validation_loss", "checkpoint_seconds", "checkpoint_written_seconds"} <= set(shown)
     for name, values in shown.items():
