@@ -25,6 +25,8 @@ from megatron.core.transformer.utils import (
 from torch import Tensor
 from torch.nn import functional
 
+from bridge.errors import ConfigError
+
 CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
 
 
@@ -139,7 +141,11 @@ class CoreAttention(MegatronModule):
         hidden = hidden_keys(positions, torch.cat(by_rank), self.window)
         if packed is None:
             return hidden
-        assert ranks == 1, "packed sequences with context parallelism need Transformer Engine"
+        if ranks > 1:
+            raise ConfigError(
+                "packed sequences with context parallelism need Transformer Engine: set"
+                " context_parallel_size to 1"
+            )
         sequence = torch.bucketize(positions, packed.cu_seqlens_q[1:].long(), right=True)
         return hidden | (sequence[:, None] != sequence[None, :])
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from bridge.byte_copy import OpenFiles, Progress, ProgressCounter, for_each, write_from
 from bridge.conversion import Conversion, check_unchanged, check_workers, origin_of
 from bridge.dtypes import check_weight_dtype
+from bridge.errors import CoverageError
 from bridge.families import family_named
 from bridge.hf_checkpoint import CONFIG, INDEX
 from bridge.hf_view import HfView, ViewedTensor
@@ -114,7 +115,11 @@ class _ShardWriter:
                 write_from(target, data, position)
                 position += len(data)
         written = position - piece.position
-        assert written == piece.num_rows * self._view.tensors[piece.tensor].row_size, piece
+        if written != piece.num_rows * self._view.tensors[piece.tensor].row_size:
+            raise CoverageError(
+                f"{piece.num_rows} rows of {piece.tensor!r} from row {piece.first} on were read as {written}"
+                " bytes: the family's rules overlap or leave a gap"
+            )
         with self._lock:
             self._left[piece.shard] -= 1
             finished = not self._left[piece.shard]

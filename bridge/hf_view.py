@@ -8,6 +8,7 @@ from typing import NamedTuple
 from bridge.byte_copy import BUFFER_SIZE, OpenFiles, ThreadBuffer
 from bridge.coverage import check_megatron_coverage
 from bridge.dtypes import FLOAT32_KEYS, ITEM_SIZES, common_dtype
+from bridge.errors import CoverageError
 from bridge.mapping import Block, Shape, WeightPlan
 from bridge.megatron_checkpoint import MegatronCheckpoint
 from bridge.megatron_rows import Lead, RowLocator, Rows, read_rows
@@ -74,7 +75,9 @@ class HfView:
         first = self._rows[blocks[0].key, blocks[0].lead]
         columns = shape[-1] if transposed else first.row_size // ITEM_SIZES[first.dtype]
         num_rows = math.prod(shape) // columns
-        assert transposed or sum(block.rows for block in blocks) == num_rows, blocks[0].hf
+        mapped = sum(block.rows for block in blocks)
+        if not transposed and mapped != num_rows:
+            raise CoverageError(f"the family's rules map {mapped} of the {num_rows} rows of {blocks[0].hf!r}")
         strided = any(block.hf_step > 1 and block.rows > 1 for block in blocks)
         computed = transposed or strided or dtypes != {dtype}
         return ViewedTensor(shape, dtype, num_rows, columns * ITEM_SIZES[dtype], blocks, computed, transposed)

@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from bridge.distributed import device
-from bridge.errors import GateError
+from bridge.errors import ConfigError, GateError
 from bridge.families import provider_of
 from bridge.hf_checkpoint import read_config
 from bridge.prompts import Prompts
@@ -77,7 +77,10 @@ def megatron_logits(
     chunks: Sequence[torch.nn.Module], provider: GPTModelProvider, prompts: Prompts
 ) -> list[torch.Tensor]:
     """Return the same as `hf_logits`, computed by all ranks of a sharded model together and known to each."""
-    assert len(chunks) == 1, "an interleaved pipeline is for training"
+    if len(chunks) > 1:
+        raise ConfigError(
+            "an interleaved pipeline is for training: leave out virtual_pipeline_model_parallel_size"
+        )
     chunks[0].eval()
     return [everywhere(run_prompt(chunks[0], provider, prompt), provider, prompt) for prompt in prompts]
 

@@ -10,6 +10,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from bridge.core_attention import positions_of_rank
+from bridge.errors import ConfigError
 from bridge.provider import GPTModelProvider
 
 
@@ -88,6 +89,10 @@ def query_positions(query: Tensor, packed: PackedSeqParams | None) -> Tensor:
     positions = positions_of_rank(query.size(0), rank, ranks, query.device)
     if packed is None:
         return positions
-    assert ranks == 1, "queries of packed sequences have no known position in context parallelism"
+    if ranks > 1:
+        raise ConfigError(
+            "queries of packed sequences have no known position in context parallelism: set"
+            " context_parallel_size to 1"
+        )
     starts = packed.cu_seqlens_q.long()
     return positions - starts[torch.bucketize(positions, starts[1:], right=True)]

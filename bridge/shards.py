@@ -46,7 +46,11 @@ def shards_of(chunks: Sequence[torch.nn.Module]) -> list[Shard]:
         storages = {tensor.untyped_storage().data_ptr() for tensor in _tensors_of(chunk)}
         for value in nested_values(state_dict):
             if isinstance(value, ShardedTensor):
-                assert value.data.untyped_storage().data_ptr() in storages, f"{value.key} is a copy"
+                if value.data.untyped_storage().data_ptr() not in storages:
+                    raise CoverageError(
+                        f"the model describes a copy of {value.key!r}, such as of an FP8 weight: it can be"
+                        " neither filled nor read in place"
+                    )
                 shards.append(_shard(value))
     return shards
 

@@ -13,6 +13,7 @@ from megatron.core.utils import unwrap_model
 from safetensors.torch import load_file, save_file
 
 from bridge.distributed import device
+from bridge.errors import ConfigError
 from bridge.logits import is_first_of_stage, run_prompt
 from bridge.provider import GPTModelProvider
 
@@ -43,7 +44,10 @@ def trace_megatron(
     chunks: Sequence[torch.nn.Module], provider: GPTModelProvider, prompt: list[int], show: Show
 ) -> None:
     """Do the same by all ranks together; the first rank of each pipeline stage shows what its layers say."""
-    assert len(chunks) == 1, "an interleaved pipeline is for training"
+    if len(chunks) > 1:
+        raise ConfigError(
+            "an interleaved pipeline is for training: leave out virtual_pipeline_model_parallel_size"
+        )
     speaks = is_first_of_stage()
 
     def seen(layer: int, states: torch.Tensor) -> None:

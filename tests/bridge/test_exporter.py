@@ -11,7 +11,9 @@ from bridge.errors import CheckpointError, CoverageError
 from bridge.exporter import export_checkpoint
 from bridge.hf_checkpoint import INDEX, HfCheckpoint
 from bridge.ledger import compare_ledgers, ledger
+from bridge.mapping import DirectMapping, Piece
 from bridge.megatron_checkpoint import HF_FOLDER, MODEL
+from bridge.provider import GPTModelProvider
 from bridge.torch_dist.metadata import METADATA, TorchDistMetadata, read_metadata, write_metadata
 
 Checkpoints = Callable[..., Path]
@@ -126,7 +128,7 @@ BAD_METADATA: dict[str, tuple[Callable[[TorchDistMetadata], object], type[Except
     "fewer rows than the vocabulary": (
         set_stored("embedding.word_embeddings.weight", shape=(159, 64)),
         CoverageError,
-        "has shape \\[159, 64\\]",
+        "has 159 rows for a vocabulary of 160",
     ),
     "other dtype": (
         set_stored(FINAL, dtype="float32"),
@@ -177,3 +179,17 @@ def test_names_what_is_no_checkpoint(tmp_path: Path) -> None:
         export_checkpoint(tmp_path / "ghost", tmp_path / "hf")
     with pytest.raises(CheckpointError, match=f"neither {METADATA}"):
         export_checkpoint(tmp_path, tmp_path / "hf")
+
+
+def test_rules_that_do_not_map_all_rows_are_refused(
+    megatron_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a family from outside the tree may have them."""
+    right = DirectMapping.pieces
+
+    def without_a_row(self: DirectMapping, provider: GPTModelProvider) -> list[Piece]:
+        return [piece._replace(rows=piece.rows - 1) for piece in right(self, provider)]
+
+    monkeypatch.setattr(DirectMapping, "pieces", without_a_row)
+    with pytest.raises(CoverageError, match=r"rules map \d+ of the \d+ rows of 'model\."):
+        export_checkpoint(megatron_checkpoint("llama"), tmp_path / "hf")
