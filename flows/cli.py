@@ -96,9 +96,10 @@ def show_version_or_help(
 
 @app.command()
 def demo(
-    workspace: Annotated[Path, typer.Option(help="Folder for the artifacts, logs and the spec.")] = Path(
-        "work"
-    ),
+    workspace: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", help="For the artifacts, logs and the spec.", parser=written_here),
+    ] = Path("work"),
     changes: Set = None,
 ) -> None:
     """Run the whole job on a small model that is made here: fetch, import, train, verify, export, publish.
@@ -381,9 +382,12 @@ def plan_parallel(
 
 @app.command()
 def doctor(
-    workspace: Annotated[Path, typer.Option(help="Where releases would keep their artifacts.")] = Path(
-        "work"
-    ),
+    workspace: Annotated[
+        Path,
+        typer.Option(
+            metavar="FOLDER", help="Where releases would keep their artifacts.", parser=written_here
+        ),
+    ] = Path("work"),
     json: Json = False,
 ) -> None:
     """Check what a run needs on this machine and say what to do about what is missing. Prints no secret."""

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from flows.local_path import read_here, written_here
 from flows.options import Json
 
 app = typer.Typer(
@@ -28,7 +29,10 @@ class Format(StrEnum):
     TEXT = "text"
 
 
-Tokenizer = Annotated[Path, typer.Option(help="Hugging Face folder with the tokenizer.")]
+Tokenizer = Annotated[
+    Path,
+    typer.Option(metavar="FOLDER", help="Hugging Face folder with the tokenizer.", parser=read_here),
+]
 
 
 @app.command()
@@ -42,6 +46,7 @@ def build(
         typer.Option(
             metavar="PREFIX",
             help="Writes PREFIX.bin, .idx and .json; with --split a folder with train, valid and test.",
+            parser=written_here,
         ),
     ],
     tokenizer: Tokenizer,
@@ -98,11 +103,15 @@ def build(
 @app.command()
 def inspect(
     dataset: Annotated[
-        Path, typer.Argument(metavar="PREFIX", help="Prefix of a dataset or folder of splits.")
+        Path,
+        typer.Argument(metavar="PREFIX", help="Prefix of a dataset or folder of splits.", parser=read_here),
     ],
     documents: Annotated[int, typer.Option(min=0, help="Show so many documents of each split.")] = 2,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Show their text with this tokenizer, not token ids.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Show their text with this tokenizer, not token ids.", parser=read_here
+        ),
     ] = None,
     verify: Annotated[bool, typer.Option(help="Read the files and compare their digests.")] = True,
     json: Json = False,
@@ -119,7 +128,9 @@ def inspect(
 
 @app.command()
 def adopt(
-    prefix: Annotated[Path, typer.Argument(metavar="PREFIX", help="Of .bin and .idx files.")],
+    prefix: Annotated[
+        Path, typer.Argument(metavar="PREFIX", help="Of .bin and .idx files.", parser=written_here)
+    ],
     tokenizer: Tokenizer,
     json: Json = False,
 ) -> None:

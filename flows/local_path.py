@@ -7,7 +7,7 @@ from bridge.errors import InputError
 
 def read_here(text: str) -> Path:
     """Take a path to read from; an address is an InputError."""
-    return _local(text, "`bridgeworks import` makes a folder of a checkpoint at an address")
+    return _local(text, "fetch it first, as `bridgeworks import` does with a checkpoint")
 
 
 def written_here(text: str) -> Path:

@@ -262,6 +262,9 @@ def test_a_family_that_is_not_the_checkpoints_is_refused(megatron: Path, tmp_pat
         ("compare", "{hf}", "{hf}", "--report", "s3://bucket/report", "--only", "config"),
         ("train", "continued_pretrain_config", "--load", "hf://org/name", "--output", "out"),
         ("train", "continued_pretrain_config", "--output", "s3://bucket/run"),
+        ("data", "build", "x.txt", "--output", "s3://bucket/data", "--tokenizer", "{hf}"),
+        ("data", "inspect", "s3://bucket/data"),
+        ("demo", "--workspace", "s3://bucket/work"),
     ],
     ids=" ".join,
 )
