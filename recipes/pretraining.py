@@ -1,5 +1,6 @@
 """What the pretraining recipes of all families have in common."""
 
+import sys
 from typing import Any
 
 from bridge.errors import ConfigError
@@ -9,15 +10,17 @@ from training.config import (
     DatasetConfig,
     DistributedDataParallelConfig,
     OptimizerConfig,
-    SchedulerConfig,
     TrainingConfig,
 )
 from training.overrides import apply_overrides, override_names
-from training.parallel_plan import gpu_named, plan_parallel
+from training.parallel_plan import plan_parallel
+from training.plan_table import plan_text
+from training.time_estimate import gpu_named
 
 TRAIN_ITERS = 100_000
 SEQ_LENGTH = 8192
 GLOBAL_BATCH_SIZE = 512
+PLANNING = ("parallelism", "num_gpus", "gpu")
 
 
 def pretrain_config(
@@ -35,14 +38,15 @@ def pretrain_config(
     """Return a config that trains the model of a Hugging Face config from random weights.
 
     `changes` are settings by the names of their fields, such as {"seq_length": 1024, "train_iters": 10};
-    {"parallelism": "auto", "num_gpus": 8, "gpu": "h200"} leaves the parallel layout to
-    `training.parallel_plan`. Until `dataset.blend` names text, the run reads made-up sequences.
+    {"parallelism": "auto", "num_gpus": 8, "gpu": "h200"} leaves what they do not say of the parallel layout
+    to `training.parallel_plan`, and prints its table to stderr. Until `dataset.blend` names text, the run
+    reads made-up sequences.
     """
     changes = dict(changes)
-    planned = {name: changes.pop(name) for name in ("parallelism", "num_gpus", "gpu") if name in changes}
+    planned = {name: changes.pop(name) for name in PLANNING if name in changes}
     model = provider_of(hf_config)
     model.seq_length = min(SEQ_LENGTH, model.max_position_embeddings)
-    model.tensor_model_parallel_size = changes.get("tensor_model_parallel_size", tensor)
+    model.tensor_model_parallel_size = tensor
     model.pipeline_model_parallel_size = pipeline
     if "pipeline_model_parallel_size" not in changes:  # which another number of stages may not divide
         model.virtual_pipeline_model_parallel_size = virtual
@@ -51,39 +55,64 @@ def pretrain_config(
     model.context_parallel_size = context
     model.expert_model_parallel_size = expert
     model.expert_tensor_parallel_size = 1 if expert > 1 else None
-    model.sequence_parallel = model.tensor_model_parallel_size > 1
-    lr = changes.get("lr", lr)
     config = ConfigContainer(
         model=model,
         train=TrainingConfig(
             train_iters=TRAIN_ITERS, global_batch_size=GLOBAL_BATCH_SIZE, eval_interval=1000, eval_iters=32
         ),
-        optimizer=OptimizerConfig(lr=lr, min_lr=lr / 10),
-        scheduler=SchedulerConfig(lr_warmup_iters=min(2000, changes.get("train_iters", TRAIN_ITERS) // 10)),
+        optimizer=OptimizerConfig(lr=lr),
         dataset=DatasetConfig(mock=True),
         ddp=DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True),
     )
-    config = apply_overrides(config, {dotted_name(config, name): value for name, value in changes.items()})
-    return with_parallelism(config, **planned) if planned else config
+    named = {dotted_name(config, name): value for name, value in changes.items()}
+    config = with_what_follows(apply_overrides(config, named), set(named))
+    return with_parallelism(config, set(named), **planned) if planned else config
+
+
+def with_what_follows(config: ConfigContainer, given: set[str]) -> ConfigContainer:
+    """Fill, as far as they are not given, the settings that follow from others."""
+    follows = {
+        "optimizer.min_lr": config.optimizer.lr / 10,
+        "scheduler.lr_warmup_iters": min(2000, config.train.train_iters // 10),
+        "model.sequence_parallel": config.model.tensor_model_parallel_size > 1,
+    }
+    return apply_overrides(config, {name: value for name, value in follows.items() if name not in given})
 
 
 def with_parallelism(
-    config: ConfigContainer, *, parallelism: str = "auto", num_gpus: int = 1, gpu: str = "h100"
+    config: ConfigContainer,
+    given: set[str],
+    *,
+    parallelism: str | None = None,
+    num_gpus: int | None = None,
+    gpu: str = "h100",
 ) -> ConfigContainer:
-    """Return the config in the layout that is estimated to be the quickest on the GPUs named."""
+    """Return the config in the layout that is estimated to be the quickest, and print why.
+
+    Settings of a layout that are `given` stay.
+    """
     if parallelism != "auto":
         raise ConfigError(
-            f"parallelism is {parallelism!r}: give 'auto', or set the sizes, as in"
-            " tensor_model_parallel_size=2"
+            f"parallelism is {parallelism!r}: give 'auto' beside num_gpus and gpu, or leave all three out and"
+            " set the sizes, as in tensor_model_parallel_size=2"
         )
-    return plan_parallel(config, num_gpus, gpu_named(gpu)).best.layout.apply(config)
+    chip = gpu_named(gpu)
+    if not isinstance(num_gpus, int) or num_gpus < 1:
+        raise ConfigError(f"num_gpus is {num_gpus}: parallelism='auto' needs the number of the job's GPUs")
+    plan = plan_parallel(config, num_gpus, chip, given)
+    choice = plan.choice
+    print(
+        plan_text(f"{config.model.hf_model_type} of {config.model.num_layers} layers", plan), file=sys.stderr
+    )
+    return choice
 
 
 def dotted_name(config: ConfigContainer, field: str) -> str:
-    """Return the one setting whose field is called so; ConfigError if there is none, or more than one."""
+    """Return the setting whose field is called so, the model's if there are several.
+
+    ConfigError if none of several is the model's; a name without a setting is returned as it is.
+    """
     found = [name for name in override_names(config) if name.partition(".")[2] == field]
-    if len(found) > 1:
-        raise ConfigError(
-            f"{field!r} may be {' or '.join(found)}: set it on the config that the recipe returns"
-        )
-    return found[0] if found else field
+    if len(found) > 1 and f"model.{field}" not in found:
+        raise ConfigError(f"{field!r} may be {' or '.join(found)}: set it on the config that is returned")
+    return next((name for name in found if name.startswith("model.") or len(found) == 1), field)

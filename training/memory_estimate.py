@@ -162,9 +162,26 @@ def stage_activations(config: ConfigContainer, world_size: int, stage: int) -> i
     fp8 = config.mixed_precision.fp8 is not None
     per_layer = [tokens * layer_activations(model, moe=model.moe_layers[layer], fp8=fp8) for layer in layers]
     if model.recompute_granularity == "full":
-        kept = len(layers) * tokens * layer_input(model)
-        return math.ceil(kept * in_flight) + math.ceil(max(per_layer))
+        kept, at_work = recomputed_layers(model, per_layer, tokens * layer_input(model))
+        return math.ceil(kept * in_flight) + math.ceil(at_work)
     return math.ceil(sum(per_layer) * in_flight)
+
+
+def recomputed_layers(
+    model: GPTModelProvider, per_layer: list[float], layer_input: float
+) -> tuple[float, float]:
+    """Return what a stage keeps of layers that are recomputed, and what recomputing needs for a while.
+
+    `uniform` keeps the input of every so many layers and recomputes these together; `block` recomputes so
+    many of each chunk, one by one (megatron/core/transformer/transformer_block.py, _checkpointed_forward).
+    """
+    chunks, number = model.virtual_pipeline_model_parallel_size or 1, model.recompute_num_layers or 1
+    a_chunk = math.ceil(len(per_layer) / chunks)
+    if model.recompute_method == "block":
+        inputs = chunks * min(number, a_chunk)
+        return inputs * layer_input + sum(sorted(per_layer)[inputs:]), max(per_layer)
+    together = min(number, a_chunk)
+    return chunks * math.ceil(a_chunk / together) * layer_input, sum(sorted(per_layer)[-together:])
 
 
 def microbatches_in_flight(config: ConfigContainer, world_size: int, stage: int) -> float:

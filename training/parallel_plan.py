@@ -1,63 +1,34 @@
-"""Chooses a parallel layout for a model and the GPUs at hand, by estimates of memory and of time.
-
-The time of an iteration is what its FLOPs take at the speed that a layer reaches on the chip, and what its
-messages take where nothing hides them. Its absolute value is a guess; its use is the order of layouts.
-"""
+"""Chooses a parallel layout for a model and the GPUs at hand, by estimates of memory and of time."""
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bridge.errors import ConfigError
 from training.config import ConfigContainer
-from training.flops import flops_per_token
-from training.memory_estimate import (
-    ModelSize,
-    RankMemory,
-    estimate_memory,
-    expert_tensor_size,
-    stage_parameters,
-)
+from training.memory_estimate import ModelSize, RankMemory, estimate_memory
+from training.time_estimate import NODE_SIZE, Gpu, seconds
 
-NODE_SIZE = 8  # GPUs that NVLink joins
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragments
 MIN_TOKENS_A_RANK = 4096  # a shorter piece of a sequence is not worth splitting it
-EXPOSED = 0.2  # share of gradient and weight messages that the backward pass does not hide
 MICRO_BATCH_SIZES = (1, 2, 4)
-# An expert's product over as few tokens runs at half of a layer's speed: a guess, not measured.
-HALF_SPEED_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What a layout has to go by: memory in GiB, speed of a layer in TFLOP/s, messages in GB/s each way."""
-
-    name: str
-    memory: float
-    bf16: float
-    fp8: float | None
-    nvlink: float
-    network: float
-
-
-# Memory as torch reports it. Speeds of layers: H200 measured (docs/benchmarks.md), the others by the ratio of
-# their data sheets' dense peaks to its. Links from the data sheets, network one NIC a GPU.
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("a100-40gb", 39.4, 177, None, 300, 25),
-        Gpu("a100-80gb", 79.1, 177, None, 300, 25),
-        Gpu("h100", 79.1, 560, 740, 450, 50),
-        Gpu("h200", 139.8, 560, 740, 450, 50),
-        Gpu("b200", 178.3, 1270, 1680, 900, 50),
-    )
-}
+# who says which layers a stage gets has said what a layout would
+SPLIT = frozenset(
+    {
+        "model.num_layers_in_first_pipeline_stage",
+        "model.num_layers_in_last_pipeline_stage",
+        "model.account_for_embedding_in_pipeline_split",
+        "model.account_for_loss_in_pipeline_split",
+        "model.pipeline_model_parallel_layout",
+    }
+)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The settings that a plan decides."""
+    """What the layouts of a plan differ in."""
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -69,22 +40,40 @@ class Layout:
     # embedding and loss count as a layer each when layers are shared out over the stages
     outer_count: bool = False
 
-    def apply(self, config: ConfigContainer) -> ConfigContainer:
-        """Return the config in this layout, the rest as it is."""
-        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("parallel_size")}
-        model = replace(
-            config.model,
-            **sizes,
-            sequence_parallel=self.tensor_model_parallel_size > 1,
-            expert_tensor_parallel_size=1 if self.expert_model_parallel_size > 1 else None,
-            account_for_embedding_in_pipeline_split=self.outer_count,
-            account_for_loss_in_pipeline_split=self.outer_count,
-            recompute_granularity="full" if self.recompute else None,
-            recompute_method="uniform" if self.recompute else None,
-            recompute_num_layers=1 if self.recompute else None,
+    def settings(self) -> dict[str, Any]:
+        """Return every setting that a plan decides, by its dotted name."""
+        return {
+            "model.tensor_model_parallel_size": self.tensor_model_parallel_size,
+            "model.pipeline_model_parallel_size": self.pipeline_model_parallel_size,
+            "model.context_parallel_size": self.context_parallel_size,
+            "model.expert_model_parallel_size": self.expert_model_parallel_size,
+            "model.expert_tensor_parallel_size": 1 if self.expert_model_parallel_size > 1 else None,
+            "model.sequence_parallel": self.tensor_model_parallel_size > 1,
+            "model.virtual_pipeline_model_parallel_size": self.virtual_pipeline_model_parallel_size,
+            "model.num_layers_in_first_pipeline_stage": None,
+            "model.num_layers_in_last_pipeline_stage": None,
+            "model.account_for_embedding_in_pipeline_split": self.outer_count,
+            "model.account_for_loss_in_pipeline_split": self.outer_count,
+            "model.pipeline_model_parallel_layout": None,
+            "model.recompute_granularity": "full" if self.recompute else None,
+            "model.recompute_method": "uniform" if self.recompute else None,
+            "model.recompute_num_layers": 1 if self.recompute else None,
+            "model.recompute_modules": None,
+            "train.micro_batch_size": self.micro_batch_size,
+        }
+
+    def apply(self, config: ConfigContainer, fixed: Collection[str] = ()) -> ConfigContainer:
+        """Return the config in this layout, with what is named in `fixed` and all else as it is."""
+        changes: dict[str, dict[str, Any]] = {"model": {}, "train": {}}
+        for name, value in self.settings().items():
+            section, _, field = name.partition(".")
+            if name not in fixed:
+                changes[section][field] = value
+        return replace(
+            config,
+            model=replace(config.model, **changes["model"]),
+            train=replace(config.train, **changes["train"]),
         )
-        train = replace(config.train, micro_batch_size=self.micro_batch_size)
-        return replace(config, model=model, train=train)
 
     def __str__(self) -> str:
         sizes = (
@@ -98,6 +87,9 @@ class Layout:
         extras = ", fewer layers in the outer stages" if self.outer_count else ""
         extras += ", recompute" if self.recompute else ""
         return f"{' '.join(named)}, micro batch {self.micro_batch_size}{extras}"
+
+
+DECIDED = tuple(Layout().settings())
 
 
 @dataclass(frozen=True)
@@ -117,12 +109,13 @@ class Estimate:
 class ParallelPlan:
     """Every layout that the sizes allow, quickest first: those that fit, and those that need more memory.
 
-    `tokens` are those of one iteration.
+    `fixed` names the settings that were not searched but are those of `config`.
     """
 
+    config: ConfigContainer
+    fixed: frozenset[str]
     gpu: Gpu
     num_gpus: int
-    tokens: int
     fitting: list[Estimate]
     too_large: list[Estimate]
 
@@ -133,71 +126,109 @@ class ParallelPlan:
             raise ConfigError(
                 f"no layout fits {self.num_gpus} x {self.gpu.name}: the smallest, {least.layout}, needs"
                 f" {least.memory.total / 2**30:.0f} GiB a GPU of {self.gpu.memory * USABLE:.0f}: take more"
+                f"{or_free(self.fixed)}"
             )
         return self.fitting[0]
 
+    @property
+    def choice(self) -> ConfigContainer:
+        """The config in the best layout."""
+        return self.best.layout.apply(self.config, self.fixed)
+
     def tokens_per_second(self, estimate: Estimate) -> float:
         """Return the estimated tokens per second and GPU."""
-        return self.tokens / estimate.total_seconds / self.num_gpus
+        tokens = self.config.train.global_batch_size * self.config.model.seq_length
+        return tokens / estimate.total_seconds / self.num_gpus
 
 
-def gpu_named(name: str) -> Gpu:
-    """Return a GPU of the table by its name; an unknown one is a ConfigError."""
-    if name not in GPUS:
-        raise ConfigError(f"unknown GPU {name!r}: known are {', '.join(GPUS)}")
-    return GPUS[name]
+def plan_parallel(
+    config: ConfigContainer, num_gpus: int, gpu: Gpu, fixed: Collection[str] = ()
+) -> ParallelPlan:
+    """Estimate every layout of `config`'s model on `num_gpus` GPUs.
 
-
-def plan_parallel(config: ConfigContainer, num_gpus: int, gpu: Gpu) -> ParallelPlan:
-    """Estimate every layout of `config`'s model on `num_gpus` GPUs; its own layout does not matter."""
-    size = ModelSize(config.model)
+    Of the settings that a plan decides (`DECIDED`), those in `fixed` stay as the config has them, and what it
+    says of the others does not matter. A precision that the GPU does not have is a ConfigError.
+    """
+    config.mixed_precision.check_device(gpu.compute_capability)
+    size, kept = ModelSize(config.model), frozenset(fixed) & frozenset(DECIDED)
     estimates = [
         Estimate(layout, estimate_memory(laid_out, num_gpus, size), seconds(laid_out, num_gpus, gpu, size))
-        for layout, laid_out in possible(config, num_gpus)
+        for layout, laid_out in possible(config, num_gpus, kept)
     ]
-    if not estimates:
-        raise ConfigError(
-            f"{num_gpus} GPUs share out neither the model nor train.global_batch_size"
-            f" {config.train.global_batch_size}: make it a multiple of their number, or take another number"
-        )
     limit = gpu.memory * USABLE * 2**30
     estimates.sort(key=lambda each: (each.total_seconds, each.memory.total))
     return ParallelPlan(
+        config,
+        kept,
         gpu,
         num_gpus,
-        config.train.global_batch_size * config.model.seq_length,
         fitting=[each for each in estimates if each.memory.total <= limit],
         too_large=[each for each in estimates if each.memory.total > limit],
     )
 
 
-def possible(config: ConfigContainer, num_gpus: int) -> Iterator[tuple[Layout, ConfigContainer]]:
-    """Yield the layouts that the model's sizes and the batch allow, with the config in each."""
-    for layout in candidates(config, num_gpus):
-        laid_out = layout.apply(config)
+def possible(
+    config: ConfigContainer, num_gpus: int, fixed: frozenset[str]
+) -> list[tuple[Layout, ConfigContainer]]:
+    """Return the layouts that the model's sizes and the batch allow, with the config in each."""
+    found, reasons = [], Counter[str]()
+    for layout in candidates(config, num_gpus, fixed):
+        laid_out = layout.apply(config, fixed)
         try:
             laid_out.validate(num_gpus)
-        except ConfigError:
-            continue  # most combinations do not divide something: that is what is asked here
-        yield layout, laid_out
+        except ConfigError as error:  # most combinations do not divide something: this is how we ask
+            reasons[str(error)] += 1
+        else:
+            found.append((layout, laid_out))
+    if not found:
+        blamed = f"{or_free(fixed)}: {reasons.most_common(1)[0][0]}" if fixed else ""
+        raise ConfigError(
+            f"{num_gpus} GPUs share out neither the model nor train.global_batch_size"
+            f" {config.train.global_batch_size}: make it a multiple of their number, or take another number"
+            f"{blamed}"
+        )
+    return found
 
 
-def candidates(config: ConfigContainer, num_gpus: int) -> Iterator[Layout]:
+def or_free(fixed: frozenset[str]) -> str:
+    """Say which settings a plan might decide if they were not given."""
+    return f", or leave {', '.join(sorted(fixed))} to the plan" if fixed else ""
+
+
+def candidates(config: ConfigContainer, num_gpus: int, fixed: frozenset[str]) -> Iterator[Layout]:
     model = config.model
-    tensor = [n for n in (1, 2, 4, 8) if n <= min(NODE_SIZE, num_gpus)]
-    context = [n for n in powers_of_two(num_gpus) if n == 1 or model.seq_length // n >= MIN_TOKENS_A_RANK]
-    expert = [n for n in powers_of_two(num_gpus) if model.num_moe_experts and model.num_moe_experts % n == 0]
-    for (pp, outer), tp, cp, ep in itertools.product(
-        pipelines(model.num_layers, num_gpus), tensor, context, expert or [1]
+
+    def choices(name: str, usual: list[Any]) -> list[Any]:
+        return [setting(config, name)] if name in fixed else usual
+
+    twos = powers_of_two(num_gpus)
+    experts = [n for n in twos if model.num_moe_experts and model.num_moe_experts % n == 0]
+    contexts = [n for n in twos if n == 1 or model.seq_length // n >= MIN_TOKENS_A_RANK]
+    stages = list(range(1, min(model.num_layers, num_gpus) + 1))
+    for (pp, outer), tp, chunks, cp, ep, micro, recompute in itertools.product(
+        pipelines(
+            model.num_layers,
+            choices("model.pipeline_model_parallel_size", stages),
+            split_given=bool(fixed & SPLIT),
+        ),
+        choices("model.tensor_model_parallel_size", [n for n in twos if n <= NODE_SIZE]),
+        choices("model.virtual_pipeline_model_parallel_size", [None, 2, 4]),
+        choices("model.context_parallel_size", contexts),
+        choices("model.expert_model_parallel_size", experts or [1]),
+        choices("train.micro_batch_size", list(MICRO_BATCH_SIZES)),
+        [model.recompute_granularity == "full"] if "model.recompute_granularity" in fixed else [False, True],
     ):
-        for micro, recompute in itertools.product(MICRO_BATCH_SIZES, (False, True)):
-            for chunks in (None, 2, 4) if pp > 1 else (None,):
-                yield Layout(tp, pp, chunks, cp, ep, micro, recompute, outer)
+        if chunks is None or pp > 1 or "model.virtual_pipeline_model_parallel_size" in fixed:
+            yield Layout(tp, pp, chunks, cp, ep, micro, recompute, outer)
 
 
-def pipelines(num_layers: int, num_gpus: int) -> list[tuple[int, bool]]:
-    """Return the numbers of stages into which the layers go evenly, or with embedding and loss counted."""
-    sizes = range(1, min(num_layers, num_gpus) + 1)
+def pipelines(num_layers: int, sizes: list[int], *, split_given: bool) -> list[tuple[int, bool]]:
+    """Return the numbers of stages into which the layers go evenly, or with embedding and loss counted.
+
+    Where the config says how layers are split, it is every number: the split is checked later.
+    """
+    if split_given:
+        return [(n, False) for n in sizes]
     even = [(n, False) for n in sizes if num_layers % n == 0]
     return even + [(n, True) for n in sizes if n > 2 and num_layers % n and (num_layers + 2) % n == 0]
 
@@ -206,96 +237,7 @@ def powers_of_two(limit: int) -> list[int]:
     return [2**n for n in range(limit.bit_length()) if 2**n <= limit]
 
 
-def seconds(config: ConfigContainer, num_gpus: int, gpu: Gpu, size: ModelSize) -> dict[str, float]:
-    """Return what an iteration's seconds are spent on."""
-    model = config.model
-    tokens = config.train.global_batch_size * model.seq_length / num_gpus
-    speed = (gpu.fp8 if config.mixed_precision.fp8 and gpu.fp8 else gpu.bf16) * 1e12
-    recomputed = 4 / 3 if model.recompute_granularity == "full" else 1
-    flops = flops_per_token(model)
-    experts = 3 * flops.mlp * sum(model.moe_layers) / model.num_layers
-    slowed = flops.training + experts * HALF_SPEED_TOKENS / tokens_per_expert(config)
-    compute = recomputed * tokens * slowed / speed
-    chunks = model.virtual_pipeline_model_parallel_size or 1
-    idle_steps = (model.pipeline_model_parallel_size - 1) / chunks
-    return {
-        "compute": compute,
-        "bubble": compute * idle_steps / config.num_microbatches(num_gpus),
-        **messages(config, num_gpus, gpu, size),
-    }
-
-
-def tokens_per_expert(config: ConfigContainer) -> float:
-    """Return how many tokens of a microbatch one product of an expert has, from all ranks that share it."""
-    model = config.model
-    tokens = config.train.micro_batch_size * model.seq_length / model.context_parallel_size
-    if model.expert_tensor_parallel_size == 1:
-        tokens *= model.expert_model_parallel_size / model.tensor_model_parallel_size
-    return tokens * model.moe_router_topk / (model.num_moe_experts or 1)
-
-
-def messages(config: ConfigContainer, num_gpus: int, gpu: Gpu, size: ModelSize) -> dict[str, float]:
-    """Return the seconds of an iteration's messages that computation does not hide."""
-    model = config.model
-    tensor, context, expert = (
-        model.tensor_model_parallel_size,
-        model.context_parallel_size,
-        model.expert_model_parallel_size,
-    )
-    layers = model.num_layers / model.pipeline_model_parallel_size
-    # Tokens of all microbatches that pass a rank of this stage, one after the other.
-    tokens = config.train.global_batch_size * model.seq_length / config.data_parallel_size(num_gpus) / context
-    hidden = 2 * tokens * model.hidden_size
-    moe_layers = layers * sum(model.moe_layers) / model.num_layers
-    in_node = num_gpus <= NODE_SIZE
-    parameters = stage_parameters(model, size, 0).total
-    copies = config.data_parallel_size(num_gpus) * context
-    key_value = 2 * 2 * tokens * model.num_query_groups * model.kv_channels / tensor
-    # Forward: gather and scatter around attention and MLP; backward: the same, and gathering inputs again.
-    per_layer = {
-        "tensor": 10 * layers * hidden * (tensor - 1) / tensor / rate(gpu, tensor),
-        "expert": 4
-        * moe_layers
-        * model.moe_router_topk
-        * hidden
-        / tensor
-        * (expert - 1)
-        / expert
-        / rate(gpu, expert_tensor_size(model) * expert),
-        "context": EXPOSED * 3 * layers * key_value * (context - 1) / rate(gpu, tensor * context),
-    }
-    gradients = 6 * parameters * (copies - 1) / copies / ((gpu.nvlink if in_node else gpu.network) * 1e9)
-    pipeline = 0.0
-    if model.pipeline_model_parallel_size > 1:
-        chunks = model.virtual_pipeline_model_parallel_size or 1
-        link = rate(gpu, num_gpus)
-        pipeline = EXPOSED * 4 * chunks * hidden / tensor / link
-    return {**per_layer, "data": EXPOSED * gradients, "pipeline": pipeline}
-
-
-def rate(gpu: Gpu, group: int) -> float:
-    """Return the bytes a second that a rank of a group of neighbours sends."""
-    return (gpu.nvlink if group <= NODE_SIZE else gpu.network) * 1e9
-
-
-def plan_rows(plan: ParallelPlan, count: int = 8) -> list[dict[str, Any]]:
-    """Return the best layouts, and the quickest that do not fit, as rows of a table."""
-    shown = [(each, "chosen" if not number else "") for number, each in enumerate(plan.fitting[:count])]
-    shown += [(each, "does not fit") for each in plan.too_large[:3]]
-    return [
-        {
-            "layout": str(each.layout),
-            "verdict": verdict,
-            "memory_gib": round(each.memory.total / 2**30, 1),
-            **{f"{f.name}_gib": round(getattr(each.memory, f.name) / 2**30, 1) for f in fields(RankMemory)},
-            "seconds": _rounded(each.total_seconds),
-            "tokens_per_second_per_gpu": round(plan.tokens_per_second(each)),
-            "spent_on": {name: _rounded(value) for name, value in each.seconds.items() if value > 0},
-        }
-        for each, verdict in shown
-    ]
-
-
-def _rounded(seconds: float) -> float:
-    """Keep four digits, also of the microseconds that a tiny model takes."""
-    return float(f"{seconds:.4g}")
+def setting(config: ConfigContainer, name: str) -> Any:
+    """Return a setting by its dotted name."""
+    section, _, field = name.partition(".")
+    return getattr(getattr(config, section), field)

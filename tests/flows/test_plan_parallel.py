@@ -8,10 +8,11 @@ import pytest
 from checkpoints import make_hf_checkpoint
 from small_release import run
 
-from flows.plan_parallel import config_of, show_plan, train_command, value_of
+from flows.plan_parallel import config_of, show_plan, train_command
 from flows.train import make_config, parallel_of
 from training.config import ConfigContainer
-from training.parallel_plan import gpu_named, plan_parallel
+from training.parallel_plan import plan_parallel, setting
+from training.time_estimate import gpu_named
 
 ASKED = {
     "--tp": "tensor_model_parallel_size",
@@ -43,6 +44,8 @@ def config_by_command(command: str) -> tuple[ConfigContainer, int]:
         ("llama31_70b_pretrain_config", 64, ["model.seq_length=4096", "mixed_precision=fp32"]),
         ("qwen3_30b_a3b_pretrain_config", 16, ["train.global_batch_size=64"]),
         ("qwen3_235b_a22b_pretrain_config", 128, []),
+        ("llama32_1b_pretrain_config", 8, ["model.num_layers_in_first_pipeline_stage=4"]),
+        ("llama31_8b_pretrain_config", 8, ["model.tensor_model_parallel_size=4", "train.micro_batch_size=2"]),
     ],
 )
 def test_the_command_trains_in_the_chosen_layout(
@@ -53,7 +56,7 @@ def test_the_command_trains_in_the_chosen_layout(
     config, ranks = config_by_command(document["command"])
     assert ranks == num_gpus
     wanted = document["settings"]
-    found = {name: value_of(config, name) for name in wanted}
+    found = {name: setting(config, name) for name in wanted}
     for settings in (wanted, found):  # without a size of their own experts take the other layers'
         settings["model.expert_tensor_parallel_size"] = (
             settings["model.expert_tensor_parallel_size"] or settings["model.tensor_model_parallel_size"]
@@ -61,7 +64,7 @@ def test_the_command_trains_in_the_chosen_layout(
     assert found == wanted
     for change in changes:
         name, _, value = change.partition("=")
-        assert name == "mixed_precision" or value_of(config, name) == json.loads(value)
+        assert name == "mixed_precision" or setting(config, name) == json.loads(value)
     assert config.mixed_precision.bf16 is ("mixed_precision=fp32" not in changes)
 
 
@@ -73,7 +76,7 @@ def test_a_folder_is_trained_on_from(tmp_path: Path) -> None:
     command = printed.stdout.splitlines()[-1].removesuffix(" --output RUN")
     config, ranks = config_by_command(command)
     planned = config_of(str(folder))
-    best = plan_parallel(planned, 2, gpu_named("h100")).best.layout.apply(planned)
+    best = plan_parallel(planned, 2, gpu_named("h100")).choice
     assert command == train_command(str(folder), best, 2, [])
     assert ranks == 2
     assert config.train.global_batch_size == planned.train.global_batch_size

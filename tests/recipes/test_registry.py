@@ -9,7 +9,8 @@ from bridge.errors import ConfigError
 from bridge.families import plan_weights
 from recipes.registry import all_recipes, recipe_named
 from training.memory_estimate import estimate_memory
-from training.parallel_plan import GPUS, USABLE
+from training.parallel_plan import USABLE
+from training.time_estimate import GPUS
 
 # billions of parameters as the models' cards say
 SIZES = {
@@ -77,8 +78,14 @@ def test_a_recipe_takes_changes_by_field_name():
     config.validate(config.model.model_parallel_size)
     with pytest.raises(ConfigError, match=r"did you mean 'train\.train_iters'"):
         recipe(train_iter=100)
-    with pytest.raises(ConfigError, match="expected int"):
-        recipe(seq_length="long")
+    for changes in ({"seq_length": "long"}, {"train_iters": "100"}, {"lr": "x"}):
+        with pytest.raises(ConfigError, match=r"expected (int|float)"):
+            recipe(**changes)
+
+
+def test_a_field_that_sections_share_is_the_models():
+    config = recipe_named("llama32_1b_pretrain_config")(vocab_size=1000)
+    assert (config.model.vocab_size, config.tokenizer.vocab_size) == (1000, None)
 
 
 @pytest.mark.parametrize("name", PRETRAINING)

@@ -66,6 +66,21 @@ def test_recomputation_keeps_layer_inputs_only() -> None:
     assert kept == inputs + layer_activations(model, moe=False) * model.seq_length
 
 
+@pytest.mark.parametrize(("number", "inputs", "whole"), [(1, 1, 31), (8, 8, 24), (32, 32, 0)])
+def test_a_block_of_each_chunk_is_recomputed(number: int, inputs: int, whole: int) -> None:
+    settings = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": number}
+    model = (made := config(**settings)).model
+    layer = layer_activations(model, moe=False)
+    kept = inputs * 2 * model.hidden_size + (whole + 1) * layer
+    assert estimate_memory(made, 8).activations == kept * model.seq_length
+
+
+def test_layers_recomputed_together_need_room_together() -> None:
+    made = config(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=4)
+    kept = 8 * 2 * made.model.hidden_size + 4 * layer_activations(made.model, moe=False)
+    assert estimate_memory(made, 8).activations == kept * made.model.seq_length
+
+
 def test_more_copies_share_the_optimizer_state() -> None:
     assert estimate_memory(config(), 8).optimizer * 8 == pytest.approx(estimate_memory(config(), 1).optimizer)
 

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,10 @@ from recipes.llama import (
 )
 from recipes.qwen3_moe import qwen3_30b_a3b_pretrain_config
 from training.memory_estimate import ModelSize, estimate_memory
-from training.parallel_plan import GPUS, USABLE, gpu_named, messages, plan_parallel, plan_rows
+from training.parallel_plan import USABLE, plan_parallel, setting
+from training.plan_table import plan_rows
+from training.precision import mixed_precision
+from training.time_estimate import GPUS, gpu_named, messages
 
 H100, H200 = GPUS["h100"], GPUS["h200"]
 
@@ -79,9 +83,69 @@ def test_recipe_takes_the_planned_layout() -> None:
     assert estimate_memory(config, 8) == best.memory
 
 
-@pytest.mark.parametrize("changes", [{"parallelism": "best"}, {"parallelism": "auto", "gpu": "tpu"}])
-def test_unknown_words_are_refused(changes: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"best|tpu"):
+def test_a_plan_keeps_what_a_recipe_is_given_and_shows_its_table(capsys) -> None:
+    given = {"tensor_model_parallel_size": 4, "micro_batch_size": 4, "recompute_granularity": "full"}
+    config = llama3_8b_pretrain_config(parallelism="auto", num_gpus=8, **given)
+    assert {name: setting(config, f"model.{name}") for name in given if name[0] != "m"} == {
+        "tensor_model_parallel_size": 4,
+        "recompute_granularity": "full",
+    }
+    assert config.train.micro_batch_size == 4
+    config.validate(8)
+    shown = capsys.readouterr().err
+    assert "chosen" in shown
+    assert "as given: model.recompute_granularity, model.tensor_model_parallel_size" in shown
+
+
+def test_what_is_given_and_cannot_be_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"or leave model.tensor_model_parallel_size .* not divisible"):
+        llama3_8b_pretrain_config(parallelism="auto", num_gpus=9, tensor_model_parallel_size=3)
+    with pytest.raises(ConfigError, match=r"take more, or leave train.micro_batch_size to the plan"):
+        llama3_8b_pretrain_config(parallelism="auto", num_gpus=1, micro_batch_size=8)
+
+
+def test_the_configs_own_layout_does_not_matter() -> None:
+    own = llama32_1b_pretrain_config(
+        pipeline_model_parallel_size=2,
+        num_layers_in_first_pipeline_stage=5,
+        recompute_granularity="selective",
+        recompute_modules=["mlp"],
+    )
+    plan, plain = (plan_parallel(each, 8, H100) for each in (own, llama32_1b_pretrain_config()))
+    assert plan.fitting == plain.fitting
+    assert plan.choice.validate(8) == plain.choice.validate(8)
+
+
+def test_a_split_that_is_given_stays() -> None:
+    config = llama32_1b_pretrain_config(num_layers_in_first_pipeline_stage=4)
+    plan = plan_parallel(config, 16, H100, ["model.num_layers_in_first_pipeline_stage"])
+    stages = {each.layout.pipeline_model_parallel_size for each in plan.fitting}
+    assert stages == {2, 4}
+    assert plan.choice.model.num_layers_in_first_pipeline_stage == 4
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpu"),
+    [("bf16_with_mxfp8_mixed", "h100"), ("bf16_with_fp8_delayed_scaling_mixed", "a100-80gb")],
+)
+def test_a_precision_that_the_gpu_lacks_is_refused(precision: str, gpu: str) -> None:
+    config = llama32_1b_pretrain_config()
+    config.mixed_precision = mixed_precision(precision)
+    with pytest.raises(ConfigError, match="needs a GPU of compute capability"):
+        plan_parallel(config, 8, gpu_named(gpu))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"parallelism": "best"}, "best"),
+        ({"parallelism": "auto", "gpu": "tpu"}, "tpu"),
+        ({"num_gpus": 8}, "give 'auto' beside num_gpus"),
+        ({"parallelism": "auto"}, "num_gpus is None"),
+    ],
+)
+def test_unknown_words_are_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
         llama3_8b_pretrain_config(**changes)
 
 
