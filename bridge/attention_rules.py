@@ -3,9 +3,20 @@
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.config_rules import FORMER_ROPE, ORIGINAL, ROPE, Config, ConfigRule, Field, Requires, Rope
+from bridge.config_rules import (
+    FORMER_ROPE,
+    ORIGINAL,
+    ROPE,
+    Config,
+    ConfigRule,
+    Field,
+    Requires,
+    Rope,
+    check_types,
+)
 from bridge.errors import UnsupportedModelError
 from bridge.provider import GPTModelProvider
+from bridge.value_types import Count, by_name
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -32,6 +43,7 @@ class QueryScalar(ConfigRule):
 
     default: int = 256
     keys = ("query_pre_attn_scalar",)
+    value_types = by_name(query_pre_attn_scalar=Count)
 
     def read(self, config: Config) -> dict[str, Any]:
         return {"softmax_scale": config.get("query_pre_attn_scalar", self.default) ** -0.5}
@@ -82,6 +94,7 @@ class WindowedLayers(ConfigRule):
         "sliding_window_pattern",
         "_sliding_window_pattern",
     )
+    value_types = by_name(sliding_window=Count, layer_types=list[str] | None, sliding_window_pattern=Count)
 
     def read(self, config: Config) -> dict[str, Any]:
         window = config.get("sliding_window", self.window)
@@ -94,8 +107,6 @@ class WindowedLayers(ConfigRule):
             raise UnsupportedModelError(
                 f"config.json has {len(types)} layer_types for {config['num_hidden_layers']} layers"
             )
-        if window is None:
-            raise UnsupportedModelError("config.json has sliding_window null: a number is needed")
         if (copy := config.get("sliding_window_size", window)) != window:
             raise UnsupportedModelError(
                 f"config.json has sliding_window {window} but sliding_window_size {copy}: they must be equal"
@@ -129,6 +140,12 @@ class TwoRopes(ConfigRule):
     # Megatron has one attention factor for all layers, which yarn and longrope would need two of.
     types: tuple[str, ...] = ("default", "linear", "llama3")
     keys = (ROPE, "rope_theta", FORMER_ROPE, "rope_local_base_freq")
+    value_types = by_name(
+        rope_parameters=dict | None,
+        rope_scaling=dict | None,
+        rope_theta=float | None,
+        rope_local_base_freq=float | None,
+    )
 
     def read(self, config: Config) -> dict[str, Any]:
         given = config.get(ROPE) or {}
@@ -137,6 +154,7 @@ class TwoRopes(ConfigRule):
                 f"config.json has rope_parameters with key {unknown[0]!r}: they are by layer type, {SLIDING}"
                 f" and {FULL}"
             )
+        check_types(given, dict.fromkeys((SLIDING, FULL), dict | None), f"{ROPE}.")
         scaled = {ROPE: given.get(FULL), FORMER_ROPE: config.get(FORMER_ROPE)}
         sizes = {"max_position_embeddings": config["max_position_embeddings"]}
         main = Rope(config.get("rope_theta") or self.theta, self.types)

@@ -4,6 +4,8 @@ A rule reads its keys into provider fields, and writes them back. Absent keys ha
 `transformers` gives them (tests/bridge/test_families.py holds them against it).
 """
 
+import dataclasses
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping as Map
 from dataclasses import dataclass
@@ -11,9 +13,11 @@ from typing import Any, NamedTuple
 
 from bridge.errors import UnsupportedModelError
 from bridge.provider import DTYPES, GPTModelProvider
+from bridge.value_types import Count, by_name, first_misfit, shown
 
 REQUIRED = object()
 Config = Map[str, Any]
+FIELD_TYPES: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(GPTModelProvider)}
 
 
 class ConfigRule(ABC):
@@ -22,6 +26,8 @@ class ConfigRule(ABC):
     keys: tuple[str, ...]
     travels: bool = True
     """Whether an export keeps the source's own spelling of these keys."""
+    value_types: Map[str, Any] = by_name()
+    """What values must be for `read` to compute with them, by key, which may be another rule's."""
 
     @abstractmethod
     def read(self, config: Config) -> dict[str, Any]:
@@ -30,6 +36,14 @@ class ConfigRule(ABC):
     @abstractmethod
     def write(self, provider: GPTModelProvider) -> dict[str, Any]:
         """Return the keys that mean the provider's fields, in transformers' present spelling."""
+
+
+def check_types(config: Config, types: Map[str, Any], within: str = "") -> None:
+    """Refuse the first value that is not of the type that its key needs; `within` is the object it is in."""
+    if name := first_misfit(config, types):
+        raise UnsupportedModelError(
+            f"config.json has {within}{name} {json.dumps(config[name])}: expected {shown(types[name])}"
+        )
 
 
 def value_of(config: Config, key: str, default: Any) -> Any:
@@ -54,6 +68,17 @@ class Field(ConfigRule):
     def keys(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.key, *self.aliases)
 
+    @property
+    def value_types(self) -> Map[str, Any]:  # type: ignore[override]
+        kind = FIELD_TYPES[self.field]
+        return dict.fromkeys(self.keys, kind | None if self.default_key else kind)
+
+    @property
+    def default_key(self) -> str:
+        """The key whose value this one has by default; empty for a value."""
+        named = isinstance(self.default, str) and self.default.startswith("=")
+        return self.default[1:] if named else ""
+
     def read(self, config: Config) -> dict[str, Any]:
         given = [key for key in self.keys if key in config]
         if any(config[key] != config[given[0]] for key in given):
@@ -62,8 +87,8 @@ class Field(ConfigRule):
                 " the two mean the same"
             )
         value = value_of(config, given[0] if given else self.key, self.default)
-        if isinstance(self.default, str) and self.default.startswith("=") and value in (None, self.default):
-            value = value_of(config, self.default[1:], REQUIRED)
+        if self.default_key and value in (None, self.default):
+            value = value_of(config, self.default_key, REQUIRED)
         if value is None:
             raise UnsupportedModelError(f"config.json has {self.key} null: a value is needed")
         return {self.field: value}
@@ -109,6 +134,12 @@ class Carried(ConfigRule):
         return {}
 
 
+OWN_CODE = (
+    "it is never run: if the model computes what transformers' own code for its model_type does, take"
+    " auto_map out of config.json"
+)
+
+
 @dataclass(frozen=True)
 class OwnCode(ConfigRule):
     """`auto_map`: the code that a model was released with before transformers had it; never run nor exported.
@@ -119,14 +150,15 @@ class OwnCode(ConfigRule):
     classes: tuple[str, ...]
     keys = ("auto_map",)
     travels = False
+    value_types = by_name(auto_map=dict[str, str | list[str | None]] | None)
 
     def read(self, config: Config) -> dict[str, Any]:
         named = dict(config.get("auto_map") or {})
         named.pop("AutoTokenizer", None)
-        if unknown := sorted(set(named.values()) - set(self.classes)):
+        if unknown := [name for name in named.values() if name not in self.classes]:
             raise UnsupportedModelError(
                 f"config.json has auto_map with code of its own, {unknown[0]!r}: this family knows"
-                f" {', '.join(self.classes)}"
+                f" {', '.join(self.classes)}; {OWN_CODE}"
             )
         return {}
 
@@ -159,6 +191,7 @@ class HeadDim(ConfigRule):
 
     default: int | None = None
     keys = ("head_dim",)
+    value_types = by_name(head_dim=Count | None, hidden_size=Count, num_attention_heads=Count)
 
     def read(self, config: Config) -> dict[str, Any]:
         given = config.get("head_dim", self.default)
@@ -175,6 +208,7 @@ class Dtype(ConfigRule):
 
     default: str = "float32"
     keys = ("dtype", "torch_dtype")
+    value_types = by_name(dtype=str | None, torch_dtype=str | None)
 
     def read(self, config: Config) -> dict[str, Any]:
         name = config.get("dtype") or config.get("torch_dtype") or self.default
@@ -193,6 +227,7 @@ class SlidingWindow(ConfigRule):
 
     default: int | None = None
     keys = ("sliding_window",)
+    value_types = by_name(sliding_window=Count | None)
 
     def read(self, config: Config) -> dict[str, Any]:
         window = config.get("sliding_window", self.default)
@@ -252,6 +287,20 @@ ROPE_KEYS = {
 }
 
 
+ROPE_TYPES: dict[str, Any] = {
+    "rope_type": str | None,
+    "type": str | None,
+    "rope_theta": float | None,
+    PARTIAL: float | None,
+    ORIGINAL: Count | None,
+    "max_position_embeddings": Count | None,
+    "short_factor": list[float] | None,
+    "long_factor": list[float] | None,
+    "truncate": bool | None,
+}
+"""What the values of rope parameters must be; all others are numbers."""
+
+
 @dataclass(frozen=True)
 class Rope(ConfigRule):
     """Rotary embedding: `rope_parameters`, or `rope_theta` and `rope_scaling` before transformers 5.
@@ -269,6 +318,11 @@ class Rope(ConfigRule):
     def keys(self) -> tuple[str, ...]:  # type: ignore[override]
         return (ROPE, "rope_theta", FORMER_ROPE, *(() if self.partial is None else (PARTIAL,)))
 
+    @property
+    def value_types(self) -> Map[str, Any]:  # type: ignore[override]
+        objects, numbers = (ROPE, FORMER_ROPE), ("rope_theta", PARTIAL)
+        return {**dict.fromkeys(objects, dict | None), **dict.fromkeys(numbers, float | None)}
+
     def read(self, config: Config) -> dict[str, Any]:
         if config.get(FORMER_ROPE) and config.get(ROPE):
             self._check_spellings(config)
@@ -285,6 +339,7 @@ class Rope(ConfigRule):
 
     def _meaning(self, config: Config) -> dict[str, Any]:
         given = {k: v for k, v in self.given(config).items() if v is not None}
+        check_types(given, {key: ROPE_TYPES.get(key, float) for key in given}, f"{ROPE}.")
         kind = given.pop("rope_type", None) or given.get("type", "default")
         given.pop("type", None)  # some checkpoints spell it both ways
         theta = float(given.pop("rope_theta", None) or config.get("rope_theta") or self.theta)

@@ -7,6 +7,7 @@ from bridge.config_rules import REQUIRED, Carried, Config, ConfigRule, Field, va
 from bridge.errors import UnsupportedModelError
 from bridge.mapping import DirectMapping, GatedMLPMapping, Mapping
 from bridge.provider import GPTModelProvider
+from bridge.value_types import Count, by_name
 
 HF_MLP, MEGATRON_MLP = "model.layers.*.mlp", "decoder.layers.*.mlp"
 
@@ -20,6 +21,7 @@ class NormalizedWeights(ConfigRule):
 
     default: bool = False
     keys = ("norm_topk_prob",)
+    value_types = by_name(norm_topk_prob=bool)
 
     def read(self, config: Config) -> dict[str, Any]:
         return {"moe_router_pre_softmax": not config.get("norm_topk_prob", self.default)}
@@ -33,6 +35,7 @@ class SparseLayers(ConfigRule):
     """Which layers have experts: every `decoder_sparse_step`th but those listed in `mlp_only_layers`."""
 
     keys = ("decoder_sparse_step", "mlp_only_layers")
+    value_types = by_name(decoder_sparse_step=Count, mlp_only_layers=list[int] | None)
 
     def read(self, config: Config) -> dict[str, Any]:
         step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or []

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from bridge.config_rules import ConfigRule
+from bridge.config_rules import OWN_CODE, ConfigRule, check_types
 from bridge.errors import UnsupportedModelError
 from bridge.mapping import MegatronMappingRegistry
 from bridge.provider import GPTModelProvider
@@ -24,12 +24,15 @@ class Family:
     """Those of `bridge.family_checks` that no CPU can run: only Transformer Engine has the modules."""
 
     def provider(self, config: dict[str, Any]) -> GPTModelProvider:
-        """Read a Hugging Face config; a key that no rule consumes is an UnsupportedModelError.
+        """Read a Hugging Face config.
 
+        A key that no rule consumes and a value that no rule can compute with are an UnsupportedModelError.
         How the files quantise the weights is not part of the model: they are read as what they stand for.
         """
         config = without_quantization(config)
         self._check_keys(config)
+        for rule in self.config:
+            check_types(config, rule.value_types)
         fields: dict[str, Any] = {}
         for rule in self.config:
             fields.update(rule.read(config))
@@ -58,7 +61,8 @@ class Family:
     def _check_keys(self, config: dict[str, Any]) -> None:
         known = {"model_type"}.union(*(rule.keys for rule in self.config))
         if unknown := sorted(set(config) - known):
+            advice = OWN_CODE if unknown[0] == "auto_map" else "a wrong conversion cannot be ruled out"
             raise UnsupportedModelError(
                 f"config.json has key {unknown[0]!r} (value {config[unknown[0]]!r}), which the family"
-                f" {self.model_type!r} has no rule for: a wrong conversion cannot be ruled out"
+                f" {self.model_type!r} has no rule for: {advice}"
             )

@@ -8,6 +8,7 @@ from bridge.errors import UnsupportedModelError
 from bridge.experts import HF_MLP, MEGATRON_MLP
 from bridge.mapping import DirectMapping
 from bridge.provider import GPTModelProvider
+from bridge.value_types import Count, by_name
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class DenseFirst(ConfigRule):
     dense: int
     experts: int
     keys = ("first_k_dense_replace", "n_routed_experts")
+    value_types = by_name(first_k_dense_replace=int, n_routed_experts=Count)
 
     def read(self, config: Config) -> dict[str, Any]:
         num_layers = value_of(config, "num_hidden_layers", None)
@@ -50,6 +52,7 @@ class SharedExperts(ConfigRule):
     size: int
     shared: int
     keys = ("moe_intermediate_size", "n_shared_experts")
+    value_types = by_name(moe_intermediate_size=Count, n_shared_experts=int | None)
 
     def read(self, config: Config) -> dict[str, Any]:
         size = config.get("moe_intermediate_size", self.size)
@@ -81,6 +84,7 @@ class GroupLimit(ConfigRule):
     chosen: int | None
     members: int
     keys = ("n_group", "topk_group")
+    value_types = by_name(n_group=Count | None, topk_group=Count | None)
 
     def read(self, config: Config) -> dict[str, Any]:
         groups = config.get("n_group", self.groups) or 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from bridge.contained_path import check_contained, contained_file
 from bridge.errors import CheckpointError
-from bridge.quantization import HfTensor, dequantized, quantization_method
+from bridge.quantization import HfTensor, QuantizedTensor, dequantized
 from bridge.shard_header import TensorSlice, read_json_object, read_safetensors
 
 CONFIG = "config.json"
@@ -52,8 +52,9 @@ class HfCheckpoint:
 
     @property
     def quantization(self) -> str | None:
-        """The method by which weights are quantised in the files; None for plain weights."""
-        return quantization_method(self.config)
+        """The method by which weights are quantised in the files, whatever the config says; None for none."""
+        methods = (tensor.method for tensor in self.tensors.values() if isinstance(tensor, QuantizedTensor))
+        return next(methods, None)
 
     def side_files(self) -> list[Path]:
         """List the files that travel with the weights: generation config, tokenizer, licence."""

@@ -9,6 +9,7 @@ from bridge.decoder import HF_ATTENTION, MEGATRON_ATTENTION, WITHOUT_MEANING
 from bridge.errors import UnsupportedModelError
 from bridge.mapping import DirectMapping, Mapping
 from bridge.provider import GPTModelProvider
+from bridge.value_types import Count, by_name
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class QueryRank(ConfigRule):
 
     default: int | None = 1536
     keys = ("q_lora_rank",)
+    value_types = by_name(q_lora_rank=Count | None)
 
     def read(self, config: Config) -> dict[str, Any]:
         return {"q_lora_rank": config.get("q_lora_rank", self.default)}

@@ -12,6 +12,7 @@ from typing import Any
 from bridge.config_rules import Config, ConfigRule
 from bridge.mapping import DirectMapping, Mapping
 from bridge.provider import GPTModelProvider
+from bridge.value_types import by_name
 
 LAYER, PREDICTION_LAYER = "decoder.layers.*.", "mtp.layers.*.transformer_layer."
 PREDICTION_LAYERS = {"all": "mtp", "dense": "mtp dense", "moe": "mtp moe"}
@@ -23,6 +24,7 @@ class PredictionLayers(ConfigRule):
 
     default: int = 0
     keys = ("num_nextn_predict_layers",)
+    value_types = by_name(num_nextn_predict_layers=int | None)
 
     def read(self, config: Config) -> dict[str, Any]:
         return {"mtp_num_layers": config.get("num_nextn_predict_layers", self.default) or None}

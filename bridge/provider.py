@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bridge.errors import ConfigError
+from bridge.value_types import first_misfit, shown
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -210,7 +211,10 @@ class GPTModelProvider:
         return self
 
     def _check_values(self) -> None:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size"):
+        types = {field.name: field.type for field in dataclasses.fields(self)}
+        if name := first_misfit(vars(self), types):
+            raise ConfigError(f"model.{name} is {getattr(self, name)!r}: expected {shown(types[name])}")
+        for name in SIZES:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}: give a positive number")
         if self.num_attention_heads % self.num_query_groups:
@@ -282,6 +286,15 @@ class GPTModelProvider:
         return provide_distributed_model(self, **options)
 
 
+SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+)
 PARALLEL_SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",

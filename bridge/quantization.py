@@ -10,19 +10,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bridge.config_rules import check_types
 from bridge.dtypes import ITEM_SIZES, WEIGHT_DTYPES
 from bridge.errors import CheckpointError, UnsupportedModelError
 from bridge.shard_header import TensorSlice
+from bridge.value_types import Count, by_name
 
 CONFIG_KEY = "quantization_config"
-# The keys of each method that are understood, those about activations and module names being of no meaning
-# here: which tensors are quantised is seen from the tensors.
-METHODS: dict[str, frozenset[str]] = {
-    "fp8": frozenset(
-        {"activation_scheme", "dequantize", "fmt", "ignored_layers", "modules_to_not_convert", "scale_fmt"}
-        | {"weight_block_size"}
+# The keys of each method that are understood, and their types. Those about activations and module names have
+# no meaning here: which tensors are quantised is seen from the tensors.
+METHODS: dict[str, Mapping[str, Any]] = {
+    "fp8": by_name(
+        activation_scheme=Any,
+        dequantize=Any,
+        fmt=str,
+        ignored_layers=Any,
+        modules_to_not_convert=Any,
+        scale_fmt=Any,
+        weight_block_size=tuple[Count, Count] | None,
     ),
-    "mxfp4": frozenset({"dequantize", "modules_to_not_convert"}),
+    "mxfp4": by_name(dequantize=Any, modules_to_not_convert=Any),
 }
 FP8, MXFP4 = METHODS
 FP8_SCALE, MXFP4_BLOCKS, MXFP4_SCALES = "_scale_inv", "_blocks", "_scales"
@@ -60,15 +67,16 @@ def quantization_method(config: Mapping[str, Any]) -> str | None:
     if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if not isinstance(settings, dict) or method not in METHODS:
+    if not isinstance(settings, dict) or method not in list(METHODS):
         raise UnsupportedModelError(
             f"config.json has quantization {method!r}: {' and '.join(METHODS)} can be read;"
             " save the weights anew in bfloat16"
         )
-    if unknown := sorted(set(settings) - METHODS[method] - {"quant_method"}):
+    if unknown := sorted(settings.keys() - METHODS[method].keys() - {"quant_method"}):
         raise UnsupportedModelError(
             f"config.json has {CONFIG_KEY} with key {unknown[0]!r}, which is unknown for {method!r}"
         )
+    check_types(settings, METHODS[method], f"{CONFIG_KEY}.")
     if (fmt := settings.get("fmt", "e4m3")) != "e4m3":
         raise UnsupportedModelError(f"config.json has {CONFIG_KEY} with fmt {fmt!r}: 'e4m3' can be read")
     return str(method)
@@ -110,11 +118,11 @@ def _fp8_tensor(
             " is no block-scaled FP8 weight"
         )
     rows, columns = values.shape[-2:]
-    if math.prod(scales.shape) == 1:
-        return QuantizedTensor(FP8, values, scales, values.shape, dtype, (rows, columns))
-    block = (int(block_size[0]), int(block_size[1])) if block_size else (rows, columns)
+    block = (block_size[0], block_size[1]) if block_size else (rows, columns)
     expected = (*values.shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
-    if scales.shape != expected:
+    # A scale of the whole tensor may be stored with fewer axes; where blocks are said it must be all of them.
+    whole = math.prod(scales.shape) == 1 and (not block_size or math.prod(expected) == 1)
+    if scales.shape != expected and not whole:
         raise CheckpointError(
             f"{scales.file}: {name + FP8_SCALE!r} has shape {list(scales.shape)}; blocks of {list(block)} of"
             f" {list(values.shape)} need {list(expected)}"

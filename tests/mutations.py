@@ -263,6 +263,12 @@ MUTATIONS = (
         not_reached=REFUSED,
     ),
     Mutation(
+        "a number in quotes",
+        caught("config keys", "reload"),
+        on_config(rms_norm_eps="1e-06"),
+        not_reached=REFUSED,
+    ),
+    Mutation(
         "another rope scaling in the former spelling",
         caught("config keys"),
         on_config(rope_scaling={"rope_type": "linear", "factor": 4.0}),

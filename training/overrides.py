@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bridge.errors import ConfigError
+from bridge.value_types import fits, shown
 from training.config import ConfigContainer
 from training.precision import mixed_precision
 
 RECIPE = "mixed_precision"
+ALIKE = 0.65  # of two fields' letters: "max_steps" is not alike "max_skipped", "seqlen" is "seq_length"
 
 
 def apply_overrides(config: ConfigContainer, overrides: Mapping[str, Any] | Iterable[str]) -> ConfigContainer:
@@ -67,7 +69,10 @@ def _field(config: ConfigContainer, name: str) -> tuple[Any, str]:
     names = override_names(config)
     if name not in names:
         nearest = max(names, key=lambda known: _likeness(known, name))
-        raise ConfigError(f"no setting is called {name!r}: did you mean {nearest!r}?")
+        sections = ", ".join(field.name for field in dataclasses.fields(config))
+        alike = _likeness(nearest, name)[0] >= ALIKE
+        hint = f"did you mean {nearest!r}?" if alike else f"give section.field, of the sections {sections}"
+        raise ConfigError(f"no setting is called {name!r}: {hint}")
     section, _, field = name.partition(".")
     return getattr(config, section), field
 
@@ -86,23 +91,9 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     readings = value.readings() if isinstance(value, _Written) else [value]
     for reading, option in itertools.product(readings, options):
-        if _fits(reading, option):
+        if fits(reading, option):
             return _converted(reading, option)
-    shown = " or ".join("null" if option is type(None) else _shown(option) for option in options)
-    raise ConfigError(f"{name} is {json.dumps(readings[0], default=str)}: expected {shown}")
-
-
-def _fits(value: Any, option: Any) -> bool:
-    origin, items = typing.get_origin(option) or option, typing.get_args(option)
-    if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, items[0]) for item in value)
-    if origin is tuple:
-        return isinstance(value, list | tuple) and len(value) == len(items) and all(map(_fits, value, items))
-    return isinstance(value, origin)
+    raise ConfigError(f"{name} is {json.dumps(readings[0], default=str)}: expected {shown(hint)}")
 
 
 def _converted(value: Any, option: Any) -> Any:
@@ -112,7 +103,3 @@ def _converted(value: Any, option: Any) -> Any:
     if origin is list:
         return [_converted(item, items[0]) for item in value]
     return tuple(value) if origin is tuple else value
-
-
-def _shown(option: Any) -> str:
-    return str(option) if typing.get_args(option) else option.__name__

@@ -5,6 +5,7 @@ import pkgutil
 from functools import cache
 from typing import Any
 
+from bridge.config_rules import check_types
 from bridge.errors import UnsupportedModelError
 from bridge.family import Family
 from bridge.mapping import WeightPlan
@@ -44,6 +45,7 @@ def family_of(config: dict[str, Any]) -> Family:
     """Return the family of a Hugging Face config."""
     if "model_type" not in config:
         raise UnsupportedModelError("config.json has no model_type: not a Hugging Face model config")
+    check_types(config, {"model_type": str})
     return family_named(config["model_type"])
 
 

@@ -280,6 +280,13 @@ def test_fp8_weights_are_read_as_bfloat16(fp8: Path, tmp_path: Path) -> None:
     assert compare_ledgers(ledger(fp8), ledger(tmp_path / "hf")).passed
 
 
+def test_a_config_alone_quantises_nothing(hf_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """As in a folder whose weights were dequantised and whose config was kept."""
+    source = copy_checkpoint(hf_checkpoint("qwen3"), tmp_path / "source")
+    edit_json(source / "config.json", quantization_config=FP8)
+    assert import_checkpoint(source, tmp_path / "megatron").quantization is None
+
+
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 BAD_SCALES: dict[str, tuple[Callable[[Tensors], object], type[Exception], str]] = {
     "missing": (lambda t: t.pop(f"{Q_PROJ}_scale_inv"), CheckpointError, f"without '{Q_PROJ}_scale_inv'"),
@@ -287,6 +294,11 @@ BAD_SCALES: dict[str, tuple[Callable[[Tensors], object], type[Exception], str]] 
         lambda t: t.update({f"{Q_PROJ}_scale_inv": torch.ones(2, 2)}),
         CheckpointError,
         "has shape \\[2, 2\\]; blocks of \\[48, 48\\]",
+    ),
+    "one where blocks are said": (
+        lambda t: t.update({f"{Q_PROJ}_scale_inv": torch.ones(1, 1)}),
+        CheckpointError,
+        r"has shape \[1, 1\]; blocks of \[48, 48\] of \[128, 64\] need \[3, 2\]",
     ),
     "of nothing": (
         lambda t: t.update({"model.norm.weight_scale_inv": torch.ones(1, 1)}),
@@ -319,6 +331,11 @@ def test_refuses_scales(case: str, fp8: Path, tmp_path: Path) -> None:
         ({**FP8, "fmt": "e5m2"}, "fmt 'e5m2'"),
         ({**FP8, "surprise": 1}, "key 'surprise'"),
         ("fp8", "quantization 'fp8'"),
+        ({**FP8, "quant_method": ["fp8"]}, r"quantization \['fp8'\]"),
+        *(
+            ({**FP8, "weight_block_size": size}, r"weight_block_size .*: expected \[an int of 1 or more, an")
+            for size in ("x", [128], [0, 128], [128, 128, 128], [1.5, 1.5])
+        ),
     ],
 )
 def test_refuses_other_quantisation(settings: Any, message: str, fp8: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from checkpoints import FAMILY_SETTINGS, SIZES, as_stored, given
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bridge.config_rules import REQUIRED, Constant, Dtype, Field, Requires
-from bridge.errors import UnsupportedModelError
+from bridge.errors import InputError, UnsupportedModelError
 from bridge.families import families, family_named, family_of, plan_weights, provider_of
 from bridge.family_checks import families_with
 from bridge.hf_checkpoint import read_config
@@ -294,6 +295,49 @@ def test_an_empty_rope_is_read_as_transformers_reads_it(model_type: str, former:
     config = {**small_config(model_type), "rope_scaling": former, "rope_parameters": present}
     provider, judge = provider_of(config), AutoConfig.for_model(**copy.deepcopy(config)).rope_parameters
     assert provider.rope_parameters == judge
+
+
+ODD_VALUES = (None, 0, -1, 1.5, math.inf, True, "x", "12", [], [0], ["x", 3], [[1]], {}, {"a": 1})
+
+
+@pytest.mark.parametrize("model_type", families())
+def test_a_malformed_value_is_an_error_of_one_line(model_type: str) -> None:
+    """Every value of another kind is read or refused: no rule stumbles over one."""
+    config = small_config(model_type)
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    nested = [(key, name) for key in config if isinstance(config[key], dict) for name in config[key]]
+    changed = [{**config, key: value} for key in config for value in ODD_VALUES]
+    changed += [{**config, key: {**config[key], name: value}} for key, name in nested for value in ODD_VALUES]
+    assert all("\n" not in refusal(case) for case in changed)
+
+
+def refusal(config: dict[str, Any]) -> str:
+    try:
+        provider_of(config)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rms_norm_eps": "1e-5"}, 'rms_norm_eps "1e-5": expected float'),
+        ({"tie_word_embeddings": "yes"}, 'tie_word_embeddings "yes": expected bool'),
+        ({"max_position_embeddings": "12"}, 'max_position_embeddings "12": expected int'),
+        ({"hidden_size": 64.0}, "hidden_size 64.0: expected int"),
+        ({"num_key_value_heads": "4"}, 'num_key_value_heads "4": expected int or null'),
+        ({"num_attention_heads": 0}, "num_attention_heads 0: expected an int of 1 or more"),
+        ({"head_dim": True}, "head_dim true: expected an int of 1 or more or null"),
+        ({"model_type": ["llama"]}, 'model_type ["llama"]: expected str'),
+        ({"rope_scaling": []}, "rope_scaling []: expected an object or null"),
+        ({"rope_theta": "1e4"}, 'rope_theta "1e4": expected float or null'),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, 'rope_parameters.factor "2": expected float'),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=re.escape(f"config.json has {message}")):
+        provider_of({**LEGACY_LLAMA, **change})
 
 
 def test_sliding_layers_of_qwen_are_refused() -> None:

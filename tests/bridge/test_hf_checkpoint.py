@@ -102,6 +102,10 @@ BAD_FOLDERS: dict[str, tuple[Edit, str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "config is no object": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
+    "config with NaN": (
+        lambda f: edit_json(f / "config.json", rms_norm_eps=float("nan")),
+        "NaN is no number",
+    ),
     "no weights": (lambda f: [p.unlink() for p in f.glob("*safetensors*")], "neither model.safetensors nor"),
     "index without map": (lambda f: edit_json(f / INDEX, weight_map=None), "no 'weight_map'"),
     "index of numbers": (lambda f: edit_json(f / INDEX, weight_map={"a": 1}), "no 'weight_map'"),

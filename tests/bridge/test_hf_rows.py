@@ -72,6 +72,13 @@ def test_fp8_blocks_may_be_cut_off_at_the_edges(step: int, tmp_path: Path) -> No
     assert torch.equal(read_whole(tensor, step), expected.bfloat16())
 
 
+@pytest.mark.parametrize("axes", [(), (1,), (1, 1)])
+def test_one_scale_is_enough_for_one_block(axes: tuple[int, ...], tmp_path: Path) -> None:
+    values, scales = fp8_values(6, 8), torch.full(axes, 0.5)
+    tensor = opened(tmp_path, fp8([128, 128]), **{"x.weight": values, "x.weight_scale_inv": scales})
+    assert torch.equal(read_whole(tensor), (values.float() / 2).bfloat16())
+
+
 @pytest.mark.parametrize("step", [1, 33, 10_000])
 def test_mxfp4_is_what_transformers_makes_of_it(step: int, tmp_path: Path) -> None:
     """Every byte of values, and every exponent but the one that means no number."""
