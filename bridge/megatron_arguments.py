@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from bridge.contained_path import contained_file
 from bridge.errors import CheckpointError, ConfigError
+from bridge.families import family_named
 from bridge.provider import GPTModelProvider
 from bridge.torch_dist.metadata import SHARED_OBJECT
 from bridge.torch_dist.restricted_pickle import Globals, inert, read_pickle
@@ -58,11 +59,27 @@ def _dtype(arguments: Arguments) -> str:
     return "bfloat16" if arguments.get("bf16") else "float16" if arguments.get("fp16") else "float32"
 
 
+def _activation(arguments: Arguments) -> str | None:
+    if "swiglu" not in arguments:
+        return None
+    if arguments["swiglu"]:
+        return "silu"
+    if arguments.get("quick_geglu"):
+        return "quick_gelu"
+    return "squared_relu" if arguments.get("squared_relu") else "gelu"
+
+
+def _gated(arguments: Arguments) -> bool | None:
+    return arguments["swiglu"] or bool(arguments.get("quick_geglu")) if "swiglu" in arguments else None
+
+
 # How an argument's name or meaning differs from the provider's field (megatron/training/arguments.py).
 OTHER_NAMES: dict[str, Callable[[Arguments], Any]] = {
     "num_query_groups": _query_groups,
     "layernorm_epsilon": lambda a: a.get("norm_epsilon"),
-    "gated_linear_unit": lambda a: a.get("swiglu"),
+    "gated_linear_unit": _gated,
+    "activation_func": _activation,
+    "layernorm_zero_centered_gamma": lambda a: a.get("apply_layernorm_1p"),
     "share_embeddings_and_output_weights": lambda a: not a.get("untie_embeddings_and_output_weights", False),
     "num_moe_experts": lambda a: a.get("num_experts"),
 }
@@ -79,8 +96,38 @@ SAME_NAMES = (
     "position_embedding_type",
     "rotary_base",
     "rotary_percent",
+    "rotary_interleaved",
+    "softmax_type",
+    "multi_latent_attention",
 )
-EXPERT_NAMES = ("moe_ffn_hidden_size", "moe_router_topk", "moe_shared_expert_intermediate_size")
+# Null is a value of these.
+OPTIONAL_NAMES = ("window_size", "softmax_scale", "mtp_num_layers")
+OPTIONAL_EXPERT_NAMES = (
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+)
+EXPERT_NAMES = (
+    "moe_ffn_hidden_size",
+    "moe_router_topk",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_enable_expert_bias",
+)
+# What changes a model in a way that neither our families nor our modules have, and what leaves it as it is.
+UNUSED: dict[str, tuple[Any, ...]] = {
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "no_rope_freq": (None,),
+    "qk_l2_norm": (False,),
+    "attention_output_gate": (False,),
+    "openai_gelu": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "hybrid_override_pattern": (None,),
+    "heterogeneous_layers_config_path": (None,),
+    "experimental_attention_variant": (None,),
+    "mrope_section": (None,),
+}
 LATENT_NAMES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
 
@@ -92,6 +139,10 @@ def _fields(arguments: Arguments) -> Iterator[tuple[str, Any]]:
     for name in names:
         if arguments.get(name) is not None:
             yield name, arguments[name]
+    for name in (*OPTIONAL_NAMES, *(OPTIONAL_EXPERT_NAMES if arguments.get("num_experts") else ())):
+        if name in arguments:
+            value = arguments[name]
+            yield name, tuple(value) if isinstance(value, list) else value
     for name, read in OTHER_NAMES.items():
         value = read(arguments)
         if value is not None or name == "num_moe_experts":
@@ -114,11 +165,25 @@ def contradictions(provider: GPTModelProvider, arguments: Arguments) -> list[Con
     if arguments.get("use_rope_scaling") is not None and rope.get("rope_type") in ("default", "llama3"):
         scaling = _rope_scaling(arguments)
         found += [Contradiction(f"rope_parameters.{n}", rope.get(n), value) for n, value in scaling.items()]
+    found += [
+        Contradiction(name, unused[0], arguments[name])
+        for name, unused in UNUSED.items()
+        if arguments.get(name) and arguments[name] not in unused
+    ]
+    if arguments.get("num_experts") and "moe_layer_freq" in arguments:
+        trained = _expert_layers(arguments["moe_layer_freq"], provider.num_layers)
+        found.append(Contradiction("moe_layers", provider.moe_layers, trained))
     different = [each for each in found if each.described != each.trained]
     padded = arguments.get("padded_vocab_size")
     if padded and not padding_of(arguments).explains(padded, provider.vocab_size):
         different.append(Contradiction("vocab_size", provider.vocab_size, padded))
     return different
+
+
+def _expert_layers(frequency: Any, num_layers: int) -> list[bool]:
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(num_layers)]
+    return [bool(each) for each in frequency]
 
 
 def padding_of(arguments: Arguments) -> VocabPadding:
@@ -131,7 +196,7 @@ def padding_of(arguments: Arguments) -> VocabPadding:
     )
 
 
-def check_arguments(provider: GPTModelProvider, arguments: Arguments, config: Path) -> None:
+def check_arguments(provider: GPTModelProvider, arguments: Arguments, config: Path | str) -> None:
     """Raise a ConfigError that names everything in which a config contradicts a checkpoint's arguments."""
     if found := contradictions(provider, arguments):
         lines = [f"{each.name} is {each.described!r}, trained was {each.trained!r}" for each in found]
@@ -151,14 +216,20 @@ def _rope_scaling(arguments: Arguments) -> dict[str, Any]:
 
 
 def provider_from_arguments(arguments: Arguments, family: str) -> GPTModelProvider:
-    """Describe the model of a Llama-like family from the arguments of its training alone."""
+    """Describe the model of a Llama-like family from the arguments of its training alone.
+
+    What the family's Hugging Face config has no words for is a ConfigError.
+    """
     theta = float(arguments.get("rotary_base") or 10000.0)
     vocab_size = arguments.get("vocab_size") or arguments.get("padded_vocab_size")
-    return GPTModelProvider(
-        **dict(_fields(arguments)),
+    provider = GPTModelProvider(
+        **{name: value for name, value in _fields(arguments) if value is not None},
         vocab_size=int(vocab_size or 0),
         max_position_embeddings=int(arguments.get("max_position_embeddings") or 0),
         rope_parameters={**_rope_scaling(arguments), "rope_theta": theta},
         params_dtype=_dtype(arguments),
         hf_model_type=family,
     ).finalize()
+    named = family_named(family)
+    check_arguments(named.provider(named.hf_config(provider)), arguments, f"a config of {family}")
+    return provider
