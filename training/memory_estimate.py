@@ -160,7 +160,9 @@ def stage_activations(config: ConfigContainer, world_size: int, stage: int) -> i
     in_flight = microbatches_in_flight(config, world_size, stage)
     tokens = config.train.micro_batch_size * model.seq_length // model.context_parallel_size
     fp8 = config.mixed_precision.fp8 is not None
-    per_layer = [tokens * layer_activations(model, moe=model.moe_layers[layer], fp8=fp8) for layer in layers]
+    have_experts = model.moe_layers
+    each = {moe: tokens * layer_activations(model, moe=moe, fp8=fp8) for moe in set(have_experts)}
+    per_layer = [each[have_experts[layer]] for layer in layers]
     if model.recompute_granularity == "full":
         kept, at_work = recomputed_layers(model, per_layer, tokens * layer_input(model))
         return math.ceil(kept * in_flight) + math.ceil(at_work)

@@ -8,6 +8,7 @@ from typing import Any
 
 from bridge.errors import ConfigError
 from training.config import ConfigContainer
+from training.config_bounds import check_fields
 from training.memory_estimate import ModelSize, RankMemory, estimate_memory
 from training.time_estimate import NODE_SIZE, Gpu, seconds
 
@@ -149,6 +150,7 @@ def plan_parallel(
     Of the settings that a plan decides (`DECIDED`), those in `fixed` stay as the config has them, and what it
     says of the others does not matter. A precision that the GPU does not have is a ConfigError.
     """
+    check_fields(config)
     config.mixed_precision.check_device(gpu.compute_capability)
     size, kept = ModelSize(config.model), frozenset(fixed) & frozenset(DECIDED)
     estimates = [
@@ -175,6 +177,7 @@ def possible(
     for layout in candidates(config, num_gpus, fixed):
         laid_out = layout.apply(config, fixed)
         try:
+            laid_out.num_microbatches(num_gpus)  # what most fail by, and much quicker than all checks
             laid_out.validate(num_gpus)
         except ConfigError as error:  # most combinations do not divide something: this is how we ask
             reasons[str(error)] += 1

@@ -40,6 +40,11 @@ def test_values_get_the_type_of_their_field(overrides):
         ("train.train_itres=1", "did you mean 'train.train_iters'"),
         ("trian.train_iters=1", "did you mean 'train.train_iters'"),
         ("train_iters=1", "did you mean 'train.train_iters'"),
+        ("seqlen=1", "did you mean 'model.seq_length'"),
+        (
+            "data_paths=1",
+            "no setting is called 'data_paths': give section.field, of the sections model, train",
+        ),
         ("train.train_iters", "has no '='"),
         ("train.train_iters=many", 'train.train_iters is "many": expected int'),
         ("train.train_iters=1.5", "expected int"),
