@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +63,12 @@ class Piece(NamedTuple):
     def box(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return offsets and sizes in the global tensor of `shape`."""
         columns = shape[len(self.lead) + 1 :]
-        return (*self.lead, self.row, *(0 for _ in columns)), (*(1 for _ in self.lead), self.rows, *columns)
+        return (*self.lead, self.row, *(0 for _ in columns)), _box_sizes(len(self.lead), self.rows, columns)
+
+
+@cache  # most chunks of a large model have the same few sizes
+def _box_sizes(num_leads: int, rows: int, columns: tuple[int, ...]) -> tuple[int, ...]:
+    return (*(1 for _ in range(num_leads)), rows, *columns)
 
 
 class ChunkPlanner:

@@ -38,9 +38,12 @@ def check_workers(workers: int) -> None:
 
 def origin_of(plan: WeightPlan, files: Iterable[Path], **settings: Any) -> dict[str, Any]:
     """Say what a conversion's result depends on: its plan, the files that it reads, its settings."""
-    content = (plan.blocks, plan.hf_shapes, plan.megatron_shapes, plan.tied, sorted(plan.transposed))
+    digest = hashlib.sha256()
+    shapes = plan.hf_shapes, plan.megatron_shapes, plan.tied, sorted(plan.transposed)
+    for part in (*plan.blocks, *shapes):  # one by one: the text of them all is long
+        digest.update(f"{part}\n".encode())
     return {
-        "plan": hashlib.sha256(repr(content).encode()).hexdigest(),
+        "plan": digest.hexdigest(),
         "files": {name: _version(Path(name)) for name in sorted(str(file.absolute()) for file in files)},
         **settings,
     }

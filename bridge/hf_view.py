@@ -13,6 +13,7 @@ from bridge.mapping import Block, Shape, WeightPlan
 from bridge.megatron_checkpoint import MegatronCheckpoint
 from bridge.megatron_rows import Lead, RowLocator, Rows, read_rows
 from bridge.memory import MAX_PART_SIZE, MIN_BUFFER_SIZE, MemoryLimit
+from bridge.torch_dist.checksums import ItemChecks
 
 
 class ViewedTensor(NamedTuple):
@@ -47,6 +48,7 @@ class HfView:
         self.part_size = MAX_PART_SIZE
         self._files = files
         self._buffer = ThreadBuffer()
+        self._checks = ItemChecks()
         self._dtype = dtype
         self._rows: dict[tuple[str, Lead], Rows] = {
             (key, lead): rows
@@ -100,16 +102,20 @@ class HfView:
         )  # rows as stored, at most 4 bytes, and the masks of the cast
 
     def read(self, name: str, first: int, count: int) -> Iterator[memoryview]:
-        """Yield the bytes of rows [first, first + count) in order; each view is valid until the next."""
+        """Yield the bytes of rows [first, first + count) in order; each view is valid until the next.
+
+        Rows are read once: a stored item that has been read as a whole is held against its CRC-32.
+        """
         if self.tensors[name].computed:
             yield from self._read_computed(name, first, count)
             return
+        checks = self._checks if name in self.plan.hf_shapes else None  # not for the copy of another one
         for block in self.tensors[name].blocks:
             begin, end = max(first, block.hf_row), min(first + count, block.hf_row + block.rows)
             if begin < end:
                 row = block.megatron_row + begin - block.hf_row
                 rows = self._rows[block.key, block.lead]
-                yield from read_rows(rows, row, end - begin, self._files, self._buffer.view)
+                yield from read_rows(rows, row, end - begin, self._files, self._buffer.view, checks)
 
     def _read_computed(self, name: str, first: int, count: int) -> Iterator[memoryview]:
         from bridge.hf_rows import bytes_of  # torch, only where bytes are not enough

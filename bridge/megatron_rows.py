@@ -7,23 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from bridge.byte_copy import OpenFiles, read_into
+from bridge.byte_copy import OpenFiles, crc32, read_into
 from bridge.contained_path import contained_file
 from bridge.dtypes import ITEM_SIZES
 from bridge.errors import CheckpointError
-from bridge.torch_dist.items import locate_payload
+from bridge.torch_dist.checksums import ItemChecks, Part
+from bridge.torch_dist.items import Payload, locate_payload
 from bridge.torch_dist.metadata import METADATA, Chunk, StoredTensor
 
 Lead = tuple[int, ...]
 
 
 class Tile(NamedTuple):
-    """Bytes [column, column + width) of consecutive rows, contiguous at `offset` of `file`."""
+    """Bytes [column, column + width) of consecutive rows, contiguous at `offset` of `file`.
+
+    `crc` is the CRC-32 that is stored for them; None if there is none.
+    """
 
     column: int
     width: int
     file: Path
     offset: int
+    crc: int | None
 
 
 class Band(NamedTuple):
@@ -43,6 +48,7 @@ class Rows(NamedTuple):
     row_size: int
     bands: list[Band]
     dtype: str
+    key: str
 
 
 class RowLocator:
@@ -62,22 +68,25 @@ class RowLocator:
         tiles: dict[Lead, dict[tuple[int, int], list[Tile]]] = defaultdict(lambda: defaultdict(list))
         for chunk in tensor.chunks:
             box = _columns_of(key, tensor, chunk, num_leads)
-            file, offset = self._payload(key, tensor.dtype, chunk)
+            file, payload = self._payload(key, tensor.dtype, chunk)
             rows = (chunk.offsets[num_leads], chunk.sizes[num_leads])
-            for lead in _leads_of(chunk, num_leads):
-                tiles[lead][rows].append(Tile(*box, file, offset))
-                offset += rows[1] * box[1]
+            for number, lead in enumerate(leads := list(_leads_of(chunk, num_leads))):
+                offset = payload.offset + number * rows[1] * box[1]
+                tiles[lead][rows].append(Tile(*box, file, offset, payload.crc if len(leads) == 1 else None))
         num_rows = tensor.shape[num_leads]
         row_size = math.prod(tensor.shape[num_leads + 1 :]) * ITEM_SIZES[tensor.dtype]
         every_lead = itertools.product(*(range(size) for size in tensor.shape[:num_leads]))
         return {
             lead: Rows(
-                row_size, _bands(f"{key!r} at {list(lead)}", tiles[lead], num_rows, row_size), tensor.dtype
+                row_size,
+                _bands(f"{key!r} at {list(lead)}", tiles[lead], num_rows, row_size),
+                tensor.dtype,
+                key,
             )
             for lead in every_lead
         }
 
-    def _payload(self, key: str, dtype: str, chunk: Chunk) -> tuple[Path, int]:
+    def _payload(self, key: str, dtype: str, chunk: Chunk) -> tuple[Path, Payload]:
         name, start, length = chunk.place
         if name not in self._paths:
             self._paths[name] = contained_file(self._folder, name, self._folder / METADATA)
@@ -86,7 +95,7 @@ class RowLocator:
             payload = locate_payload(descriptor, start, length, chunk.sizes, str(file))
         if payload.dtype != dtype:
             raise CheckpointError(f"{file} holds {key!r} in {payload.dtype}, .metadata says {dtype}")
-        return file, payload.offset
+        return file, payload
 
 
 def _columns_of(key: str, tensor: StoredTensor, chunk: Chunk, num_leads: int) -> tuple[int, int]:
@@ -124,21 +133,46 @@ def _bands(what: str, tiles: dict[tuple[int, int], list[Tile]], num_rows: int, r
 
 
 def read_rows(
-    rows: Rows, first: int, count: int, files: OpenFiles, buffer: memoryview
+    rows: Rows,
+    first: int,
+    count: int,
+    files: OpenFiles,
+    buffer: memoryview,
+    checks: ItemChecks | None = None,
 ) -> Iterator[memoryview]:
-    """Yield the bytes of rows [first, first + count) in order; each view is valid until the next."""
+    """Yield the bytes of rows [first, first + count) in order; each view is valid until the next.
+
+    With `checks`, to which each row may go once, items that are read to their last row are held against the
+    CRC-32 that is stored with them, but for those whose rows are cut into columns.
+    """
     for band in rows.bands:
         begin, end = max(first, band.row), min(first + count, band.row + band.num_rows)
-        if begin < end:
-            read = _read_whole if len(band.tiles) == 1 else _read_tiled
-            yield from read(rows.row_size, band.tiles, begin - band.row, end - begin, files, buffer)
+        if begin < end and len(band.tiles) > 1:
+            yield from _read_tiled(rows.row_size, band.tiles, begin - band.row, end - begin, files, buffer)
+        elif begin < end:
+            views, crc = (
+                _read_whole(rows.row_size, band.tiles[0], begin - band.row, end - begin, files, buffer),
+                0,
+            )
+            for view in views:
+                crc = crc32(view, crc) if checks else 0
+                yield view
+            if checks and band.tiles[0].crc is not None:
+                checks.add(_part(rows, band, begin, end), crc)
+
+
+def _part(rows: Rows, band: Band, begin: int, end: int) -> Part:
+    """Describe rows [begin, end) of a band of one tile as a part of its item."""
+    tile, size = band.tiles[0], rows.row_size
+    item = f"{tile.file}, {rows.key!r} at byte {tile.offset}"
+    return Part(item, band.num_rows * size, tile.crc or 0, (begin - band.row) * size, (end - begin) * size)
 
 
 def _read_whole(
-    row_size: int, tiles: list[Tile], skip: int, count: int, files: OpenFiles, buffer: memoryview
+    row_size: int, tile: Tile, skip: int, count: int, files: OpenFiles, buffer: memoryview
 ) -> Iterator[memoryview]:
-    start, end = (tiles[0].offset + row * row_size for row in (skip, skip + count))
-    with files.opened(tiles[0].file) as descriptor:
+    start, end = (tile.offset + row * row_size for row in (skip, skip + count))
+    with files.opened(tile.file) as descriptor:
         for offset in range(start, end, len(buffer)):
             view = buffer[: min(len(buffer), end - offset)]
             read_into(descriptor, [view], offset)

@@ -10,7 +10,8 @@ import os
 import struct
 import zipfile
 import zlib
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from bridge.dtypes import FROM_STORAGE, ITEM_SIZES, TO_STORAGE
@@ -37,48 +38,78 @@ class _Entry(NamedTuple):
     offset: int
 
 
-class TensorItem:
-    """The framing of one tensor's payload: where the item lies and the bytes before and after the payload."""
+class _Frame(NamedTuple):
+    """What the items of all tensors of one shape and dtype have in common; `payload` lacks the CRC-32."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, start: int) -> None:
-        """Lay out an item that begins at byte `start` of its file."""
-        self.start = start
-        self.nbytes = math.prod(shape) * ITEM_SIZES[dtype]
-        assert self.nbytes <= MAX_PAYLOAD, f"{self.nbytes} bytes in one item: split the tensor into chunks"
-        entries: list[_Entry] = []
-        head = b""
-        for name, data in (("data.pkl", _describe(shape, dtype)), ("byteorder", b"little")):
-            entry = _Entry(f"archive/{name}".encode(), zlib.crc32(data), len(data), len(head))
-            head += _local_header(entry) + data
-            entries.append(entry)
-        self._entries = entries
-        self._payload = _Entry(b"archive/data/0", 0, self.nbytes, len(head))
-        unpadded = start + len(head) + LOCAL_HEADER.size + len(self._payload.name) + 4
-        padding = -unpadded % ALIGNMENT
-        self._head = head
-        self._extra = PADDING_FIELD + struct.pack("<H", padding) + bytes(padding)
-        self.payload_start = unpadded + padding
-        self.end = self.payload_start + self.nbytes + len(self.tail(0))
+    head: bytes
+    entries: tuple[_Entry, ...]
+    payload: _Entry
+    tail_size: int
+
+
+class TensorItem(NamedTuple):
+    """The framing of one tensor's payload: where the item lies and the bytes before and after the payload.
+
+    It begins at byte `start` of its file. A large model has very many: what can be computed is not kept.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+
+    @property
+    def payload_start(self) -> int:
+        return self._unpadded + -self._unpadded % ALIGNMENT
+
+    @property
+    def end(self) -> int:
+        frame = _frame(self.shape, self.dtype)
+        return self.payload_start + frame.payload.size + frame.tail_size
 
     @property
     def length(self) -> int:
         return self.end - self.start
 
+    @property
+    def _unpadded(self) -> int:
+        head, _, payload, _ = _frame(self.shape, self.dtype)
+        return self.start + len(head) + LOCAL_HEADER.size + len(payload.name) + 4
+
     def head(self, crc: int) -> bytes:
         """Return the bytes from `start` to `payload_start`; `crc` is the payload's CRC-32."""
-        return self._head + _local_header(self._payload._replace(crc=crc), self._extra)
+        head, _, payload, _ = _frame(self.shape, self.dtype)
+        padding = self.payload_start - self._unpadded
+        extra = PADDING_FIELD + struct.pack("<H", padding) + bytes(padding)
+        return head + _local_header(payload._replace(crc=crc), extra)
 
     def tail(self, crc: int) -> bytes:
         """Return the bytes from the payload's end to `end`."""
-        data = b"3\n"  # the version of torch's archive format
-        offset = self.payload_start - self.start + self.nbytes
-        version = _Entry(b"archive/version", zlib.crc32(data), len(data), offset)
-        last = _local_header(version) + data
-        entries = [*self._entries, self._payload._replace(crc=crc), version]
-        return last + _directory(entries, offset + len(last))
+        _, entries, payload, _ = _frame(self.shape, self.dtype)
+        return _tail(entries, payload._replace(crc=crc), self.payload_start - self.start)
 
 
 @cache  # a model has few shapes and, with experts, very many tensors
+def _frame(shape: tuple[int, ...], dtype: str) -> _Frame:
+    nbytes = math.prod(shape) * ITEM_SIZES[dtype]
+    assert nbytes <= MAX_PAYLOAD, f"{nbytes} bytes in one item: split the tensor into chunks"
+    entries: list[_Entry] = []
+    head = b""
+    for name, data in (("data.pkl", _describe(shape, dtype)), ("byteorder", b"little")):
+        entry = _Entry(f"archive/{name}".encode(), zlib.crc32(data), len(data), len(head))
+        head += _local_header(entry) + data
+        entries.append(entry)
+    payload = _Entry(b"archive/data/0", 0, nbytes, len(head))
+    return _Frame(head, tuple(entries), payload, len(_tail(entries, payload, 0)))
+
+
+def _tail(entries: Iterable[_Entry], payload: _Entry, payload_offset: int) -> bytes:
+    data = b"3\n"  # the version of torch's archive format
+    offset = payload_offset + payload.size
+    version = _Entry(b"archive/version", zlib.crc32(data), len(data), offset)
+    last = _local_header(version) + data
+    return last + _directory([*entries, payload, version], offset + len(last))
+
+
 def _describe(shape: tuple[int, ...], dtype: str) -> bytes:
     """Pickle a contiguous tensor as torch does: a call that rebuilds it from the storage named "0"."""
     strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
@@ -117,10 +148,14 @@ def object_item(value: Any) -> bytes:
 
 
 class Payload(NamedTuple):
-    """Where a stored tensor's contiguous, little-endian bytes begin in their file, and their dtype."""
+    """Where a stored tensor's contiguous, little-endian bytes begin in their file, and their dtype.
+
+    `crc` is the CRC-32 that is stored for just these bytes; None if there is none.
+    """
 
     offset: int
     dtype: str
+    crc: int | None = None
 
 
 def locate_payload(fd: int, start: int, length: int, shape: tuple[int, ...], source: str) -> Payload:
@@ -139,13 +174,19 @@ def _locate(
     archive: zipfile.ZipFile, fd: int, start: int, length: int, shape: tuple[int, ...], source: str
 ) -> Payload:
     names = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    for info in names.values():
+        # torch.serialization.set_crc32_options(False) stores zeros; zipfile checks nothing where it has None.
+        info.CRC = info.CRC or None  # type: ignore[assignment]
     if max((names[name].file_size for name in DESCRIBING if name in names), default=0) > MAX_DESCRIPTION:
         raise CheckpointError(f"{source}: the item at byte {start} is no plain tensor")
     if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
         raise CheckpointError(
             f"{source}: the item at byte {start} is big-endian: save it on a common machine"
         )
-    tensor = read_pickle(archive.read(names["data.pkl"]), TENSOR_GLOBALS, source)
+    try:
+        tensor = _description(archive.read(names["data.pkl"]))
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
     if not isinstance(tensor, _StoredTensor):
         raise CheckpointError(f"{source}: the item at byte {start} is no tensor")
     _check_contiguous(tensor, shape, f"{source}: the item at byte {start}")
@@ -158,7 +199,12 @@ def _locate(
     stored = info.compress_type == zipfile.ZIP_STORED and begin + nbytes <= info.file_size
     if not stored or begin < 0 or offset + nbytes > length:
         raise CheckpointError(f"{source}: the payload of the item at byte {start} is compressed or too short")
-    return Payload(start + offset, dtype)
+    return Payload(start + offset, dtype, info.CRC if nbytes == info.file_size else None)
+
+
+@lru_cache(64)  # a model has few shapes and, with experts, very many tensors
+def _description(data: bytes) -> Any:
+    return read_pickle(data, TENSOR_GLOBALS, "data.pkl")
 
 
 def _check_contiguous(tensor: "_StoredTensor", shape: tuple[int, ...], item: str) -> None:

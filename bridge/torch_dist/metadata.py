@@ -6,7 +6,7 @@ holds what all ranks share.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from bridge.contained_path import contained_file
 from bridge.dtypes import ITEM_SIZES
 from bridge.errors import CheckpointError
 from bridge.torch_dist.items import object_item
-from bridge.torch_dist.pickle_writer import Call, Global, Instance, Pairs, pickled
+from bridge.torch_dist.pickle_writer import Call, Global, Instance, Items, Pairs, pickled
 from bridge.torch_dist.restricted_pickle import Globals, Inert, inert, read_pickle
 
 METADATA = ".metadata"
@@ -77,24 +77,30 @@ def write_metadata(folder: Path, metadata: TorchDistMetadata) -> None:
 
 
 def _metadata_object(metadata: TorchDistMetadata) -> Instance:
-    described: dict[str, Instance] = {}
-    stored: list[tuple[Instance, Instance]] = []
-    for key, tensor in metadata.tensors.items():
-        described[key] = _tensor_object(tensor)
-        for number, chunk in enumerate(tensor.chunks):
-            stored.append((_index_object(key, _size(chunk.offsets), number), _place_object(chunk.place)))
-    for key, place in metadata.objects.items():
-        described[key] = _instance("metadata", "BytesStorageMetadata", {})
-        stored.append((_index_object(key, None, None), _place_object(place)))
     nothing: dict[str, Any] = {"checkpoint_id": None, "save_id": None, "load_id": None, "modules": []}
     state = {
-        "state_dict_metadata": described,
+        "state_dict_metadata": Pairs(_described(metadata)),
         "planner_data": {},
-        "storage_data": Pairs(stored),
+        "storage_data": Pairs(_stored(metadata)),
         "storage_meta": _instance("metadata", "StorageMeta", nothing),
         "version": "1.0.0",
     }
     return _instance("metadata", "Metadata", state)
+
+
+def _described(metadata: TorchDistMetadata) -> Iterator[tuple[str, Instance]]:
+    for key, tensor in metadata.tensors.items():
+        yield key, _tensor_object(tensor)
+    for key in metadata.objects:
+        yield key, _instance("metadata", "BytesStorageMetadata", {})
+
+
+def _stored(metadata: TorchDistMetadata) -> Iterator[tuple[Instance, Instance]]:
+    for key, tensor in metadata.tensors.items():
+        for number, chunk in enumerate(tensor.chunks):
+            yield _index_object(key, _size(chunk.offsets), number), _place_object(chunk.place)
+    for key, place in metadata.objects.items():
+        yield _index_object(key, None, None), _place_object(place)
 
 
 def _tensor_object(tensor: StoredTensor) -> Instance:
@@ -102,18 +108,17 @@ def _tensor_object(tensor: StoredTensor) -> Instance:
     contiguous = Call(Global(f"{DCP}.metadata", "_MEM_FORMAT_ENCODING"), (0,))
     # dtype, layout, requires_grad, memory format, pin_memory
     properties = (Global("torch", tensor.dtype), layout, False, contiguous, False)
-    chunks = [
-        _instance(
-            "metadata", "ChunkStorageMetadata", {"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)}
-        )
-        for chunk in tensor.chunks
-    ]
     state = {
         "properties": _instance("metadata", "TensorProperties", properties),
         "size": _size(tensor.shape),
-        "chunks": chunks,
+        "chunks": Items(map(_chunk_object, tensor.chunks)),
     }
     return _instance("metadata", "TensorStorageMetadata", state)
+
+
+def _chunk_object(chunk: Chunk) -> Instance:
+    boxes = {"offsets": _size(chunk.offsets), "sizes": _size(chunk.sizes)}
+    return _instance("metadata", "ChunkStorageMetadata", boxes)
 
 
 def _index_object(key: str, offset: Call | None, number: int | None) -> Instance:

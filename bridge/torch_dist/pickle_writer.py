@@ -1,7 +1,7 @@
 """Writes pickles that name classes of other packages without importing those packages."""
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 
@@ -27,9 +27,15 @@ class Instance(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """A dictionary given as pairs: its keys are instances, which have no hash here."""
+    """A dictionary given as pairs, which are made when they are written: its keys may have no hash here."""
 
-    items: list[tuple[Any, Any]]
+    items: Iterable[tuple[Any, Any]]
+
+
+class Items(NamedTuple):
+    """A list of what is made when it is written."""
+
+    items: Iterable[Any]
 
 
 class PersistentId(NamedTuple):
@@ -42,7 +48,8 @@ def pickled(value: Any) -> bytes:
     """Return `value` as a pickle of protocol 2, the one that torch writes."""
     writer = _PickleWriter()
     writer.write(value)
-    return bytes(writer.out) + b"."
+    writer.out += b"."
+    return bytes(writer.out)
 
 
 class _PickleWriter:
@@ -88,13 +95,16 @@ class _PickleWriter:
         self.out += (b")", b"\x85", b"\x86", b"\x87")[len(value)] if len(value) <= 3 else b"t"
 
     def _write_list(self, value: list[Any]) -> None:
+        self._write_items(Items(value))
+
+    def _write_items(self, value: Items) -> None:
         self.out += b"]("
-        for item in value:
+        for item in value.items:
             self.write(item)
         self.out += b"e"
 
     def _write_dict(self, value: dict[Any, Any]) -> None:
-        self._write_pairs(Pairs(list(value.items())))
+        self._write_pairs(Pairs(value.items()))
 
     def _write_pairs(self, value: Pairs) -> None:
         self.out += b"}("
@@ -146,6 +156,7 @@ class _PickleWriter:
         list: _write_list,
         dict: _write_dict,
         Pairs: _write_pairs,
+        Items: _write_items,
         Global: _write_global,
         Call: _write_call,
         Instance: _write_instance,

@@ -9,9 +9,11 @@ from checkpoints import copy_checkpoint
 from safetensors.torch import load_file, save_file
 
 from bridge.errors import CheckpointError
+from bridge.exporter import export_checkpoint
 from bridge.family_checks import families_with
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.ledger import DIFFERENT, EQUAL, ONLY_A, ONLY_B, compare_ledgers, ledger
+from bridge.torch_dist.metadata import read_metadata
 
 Checkpoints = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -98,6 +100,25 @@ def test_names_what_one_end_lacks(hf_checkpoint: Checkpoints) -> None:
     assert compare_ledgers(untied, tied).names(ONLY_A) == ("lm_head.weight",)
     assert compare_ledgers(tied, untied).names(ONLY_B) == ("lm_head.weight",)
     assert not compare_ledgers(tied, untied).passed
+
+
+@pytest.mark.parametrize("key", ["mlp.linear_fc2", "self_attention.linear_qkv", "mlp.linear_fc1"])
+@pytest.mark.parametrize("read", [ledger, lambda folder: export_checkpoint(folder, folder.parent / "hf")])
+def test_a_bit_that_flipped_in_a_file_is_found(
+    key: str, read: Callable[[Path], object], megatron_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """By the CRC-32 of its item, whether that holds one tensor or rows of three in turn."""
+    source = copy_checkpoint(megatron_checkpoint("llama"), tmp_path / "megatron")
+    chunk = read_metadata(source).tensors[f"decoder.layers.{key}.weight"].chunks[2]
+    file = source / chunk.place.file
+    data = bytearray(file.read_bytes())
+    data[chunk.place.start + chunk.place.length // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(
+        CheckpointError, match=rf"{file.name}, 'decoder.layers.{key}.weight' at byte \d+: .* CRC-32"
+    ):
+        read(source)
+    assert not (tmp_path / "hf").exists()
 
 
 def test_refuses_another_folder(tmp_path: Path) -> None:

@@ -114,3 +114,19 @@ def test_refuses(case: str, tmp_path: Path) -> None:
 def test_objects_are_read_by_torch() -> None:
     value = {"a": [1, 2.5, None, True, False, -5, 300, 70000, 2**40], "b": (1, 2, 3, 4), "c": {}, "d": ()}
     assert torch.load(io.BytesIO(object_item(value)), weights_only=True) == value
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_items_without_checksums_are_read(stored: bool, tmp_path: Path) -> None:
+    """As torch writes them after `set_crc32_options(False)`: with zeros."""
+    tensor = torch.randn(3, 4)
+    torch.serialization.set_crc32_options(stored)
+    try:
+        content = saved(tensor)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    found = locate(tmp_path / "item", content, (3, 4))
+    assert content[found.offset :][:48] == payload(tensor)
+    assert found.crc == (zlib.crc32(payload(tensor)) if stored else None)
+    part = locate(tmp_path / "item", saved(tensor[1:]), (2, 4))  # torch stores all of the tensor
+    assert part.crc is None
