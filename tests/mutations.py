@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import bridge.rotary
 from bridge.config_rules import Rope
 from bridge.mapping import GatedMLPMapping, Piece, QKVMapping
+from bridge.megatron_checkpoint import MODEL
 from bridge.provider import GPTModelProvider
 
 Weights = dict[str, torch.Tensor]
@@ -47,11 +48,15 @@ SEEN = FP32 | BF16
 
 @dataclass(frozen=True)
 class Mutation:
-    """One fault. `apply` changes a copied folder; `rule` is a context in which a rule is wrong."""
+    """One fault. `apply` changes a copied folder; `rule` is a context in which a rule is wrong.
+
+    `megatron` changes the other end.
+    """
 
     fault: str
     caught_by: frozenset[str]
     apply: Callable[[Path], object] = lambda folder: None
+    megatron: Callable[[Path], object] = lambda folder: None
     rule: Callable[[], Any] | None = None
     family: str = "llama"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -127,6 +132,23 @@ def put_into_two_shards(folder: Path) -> None:
     other = next(path for path in sorted(folder.glob("*.safetensors")) if path.name != file)
     stale = load_file(folder / file)[K] * 2
     save_file({**load_file(other), K: stale}, other, metadata={"format": "pt"})
+
+
+def cut_vocabulary(folder: Path) -> None:
+    """Take the last tokens for padding, in weights and config alike."""
+    for name in (EMBEDDING, LM_HEAD):
+        put_tensor(name, lambda weights, name=name: weights[name][:128])(folder)
+    edit_json(folder / "config.json", vocab_size=128)
+
+
+def claim_vocabulary(vocab_size: int) -> Callable[[Path], None]:
+    """Make a change of a Megatron checkpoint: its description is of another vocabulary."""
+
+    def apply(folder: Path) -> None:
+        hf_config = json.loads((folder / MODEL).read_text())["hf_config"]
+        edit_json(folder / MODEL, vocab_size=vocab_size, hf_config={**hf_config, "vocab_size": vocab_size})
+
+    return apply
 
 
 def cut_short(folder: Path) -> None:
@@ -279,6 +301,30 @@ MUTATIONS = (
         caught("reload"),
         on_config(pad_token_id=5000),
         not_reached=frozenset(SEEN),
+    ),
+    Mutation(
+        "a smaller vocabulary in the config",
+        caught("coverage", "reload"),
+        on_config(vocab_size=128),
+        not_reached=REFUSED,
+    ),
+    Mutation(
+        "the last tokens cut off as padding",
+        caught("settings", "digests", "logits fp32", "logits bf16"),
+        cut_vocabulary,
+        not_reached=frozenset({"hidden fp32", "hidden bf16"}),
+    ),
+    Mutation(
+        "Megatron end: fewer tokens in model.json",
+        caught("coverage"),
+        megatron=claim_vocabulary(128),
+        not_reached=REFUSED,
+    ),
+    Mutation(
+        "Megatron end: more tokens in model.json",
+        caught("coverage"),
+        megatron=claim_vocabulary(200),
+        not_reached=REFUSED,
     ),
     Mutation("a tensor in two shards", caught("files"), put_into_two_shards, not_reached=REFUSED),
     Mutation("a shard cut short", caught("files", "reload"), cut_short, not_reached=REFUSED),
