@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, MetadataIndex
 
 from bridge.errors import CheckpointError
+from bridge.torch_dist.items import TensorItem
 from bridge.torch_dist.metadata import (
     FORMAT,
     FORMAT_VALUES,
@@ -134,3 +136,19 @@ def test_getattr_reads_enumeration_members_and_nothing_else() -> None:
     for owner, name in ((Metadata, "__init__"), (torch.Size, "__add__")):
         with pytest.raises(CheckpointError, match="no enumeration"):
             read_pickle(pickle.dumps(Attribute(owner, name)), METADATA_GLOBALS, ".metadata")
+
+
+def test_many_chunks_take_little_memory(tmp_path: Path) -> None:
+    """What is written for one is made when it is its turn: a large model has some 70,000."""
+    count = 3000
+    chunks = [Chunk((n, 0), (1, 64), Place(f"__{n % 8}_0.distcp", n << 20, 900)) for n in range(count)]
+    metadata = TorchDistMetadata({"experts": StoredTensor("bfloat16", (count, 64), chunks)})
+    tracemalloc.start()
+    try:
+        write_metadata(tmp_path, metadata)
+        assert tracemalloc.get_traced_memory()[1] < 800 * count
+        before, _ = tracemalloc.get_traced_memory()
+        items = [TensorItem((1, 64), "bfloat16", n << 20) for n in range(count)]
+        assert tracemalloc.get_traced_memory()[0] - before < 300 * len(items)
+    finally:
+        tracemalloc.stop()
