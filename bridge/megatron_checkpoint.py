@@ -206,5 +206,5 @@ def _read_description(folder: Path) -> tuple[GPTModelProvider, int | None]:
         if num_rows is not None and (type(num_rows) is not int or num_rows < 0):
             raise ValueError(f"{NUM_PADDING_ROWS} is {num_rows!r}, no number of rows")
         return GPTModelProvider.from_dict(description).finalize(), num_rows
-    except (ValueError, TypeError) as error:
+    except (ConfigError, ValueError, TypeError) as error:
         raise CheckpointError(f"{file} is malformed: {error}") from error

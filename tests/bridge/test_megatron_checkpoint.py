@@ -49,13 +49,24 @@ def test_refuses_a_latest_that_is_not_there(latest: str, training_run: Path, tmp
         resolve_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"surprise": 1}', '{"num_layers": "four"}', "{}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"surprise": 1}',
+        '{"num_layers": "four"}',
+        "{}",
+        '{"rope_parameters": "x"}',
+        '{"window_size": 1}',
+    ],
+)
 def test_refuses_a_malformed_description(
     content: str, megatron_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     source = copy_checkpoint(megatron_checkpoint("llama"), tmp_path / "megatron")
     (source / MODEL).write_text(content)
-    with pytest.raises(BridgeworksError, match=r"model\.json|unknown model setting|give a positive"):
+    with pytest.raises(CheckpointError, match=r"model\.json (is malformed|is not|holds no)"):
         MegatronCheckpoint.open(source)
 
 
