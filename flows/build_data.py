@@ -1,6 +1,7 @@
 """What `bridgeworks data` does: the job that builds a dataset, and a look at one."""
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -11,6 +12,7 @@ from typing import Any
 from bridge.errors import InputError
 from flows.console import Progress, print_json, print_table, progress
 from tasks.launch import launch
+from training.blend import SPLITS
 from training.corpus import Corpus
 from training.dataset_record import record_path
 
@@ -25,7 +27,7 @@ def build_data(
     if (record := record_path(output, bool(split))).exists():
         raise InputError(f"{output} already holds a dataset: remove {record} and its files or name another")
     inputs = [each if "://" in each else str(Path(each).absolute()) for each in settings["inputs"]]
-    list(Corpus(inputs, settings["exclude"]).files())  # mistyped names are told at once
+    check_inputs({**settings, "inputs": inputs})
     paths = {"inputs": inputs, "output": str(output.absolute()), "tokenizer": str(tokenizer.absolute())}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, progress("tokenising") as show:
@@ -36,11 +38,30 @@ def build_data(
     print_json(report) if as_json else print_counts(report, output)
 
 
+def check_inputs(settings: dict[str, Any]) -> None:
+    """Refuse mistyped files and keys at once: the job reads all files before their first document."""
+    names = ("inputs", "exclude", "max_bytes", "text_key", "format")
+    corpus = Corpus(**{name: settings[name] for name in names})
+    list(corpus.files())
+    if settings["on_error"] == "fail":
+        next(corpus.documents(), None)
+
+
 def parse_fractions(split: str) -> list[float]:
+    """Return the fractions of train, valid and test from shares as `dataset.split` has them: "98,1,1"."""
     try:
-        return [float(fraction) for fraction in split.split(",")]
-    except ValueError as error:
-        raise InputError(f"--split is {split!r}: give three fractions such as 0.98,0.01,0.01") from error
+        shares = [float(share) for share in split.split(",")]
+    except ValueError:
+        shares = []
+    if (
+        not 1 <= len(shares) <= len(SPLITS)
+        or not all(0 <= share < math.inf for share in shares)
+        or not shares[0]
+    ):
+        raise InputError(
+            f"--split is {split!r}: give up to three shares, for train, valid and test, such as 98,1,1"
+        )
+    return [share / sum(shares) for share in [*shares, 0.0, 0.0][: len(SPLITS)]]
 
 
 def follow(told: Path, show: Progress) -> Callable[[], None]:

@@ -53,8 +53,8 @@ def build(
     split: Annotated[
         str | None,
         typer.Option(
-            metavar="F,F,F",
-            help="Share of train, valid and test, such as 0.98,0.01,0.01; each document goes to one of them.",
+            metavar="N,N,N",
+            help="Shares of train, valid and test, such as 98,1,1; each document goes to one of them.",
         ),
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one a core")] = None,
@@ -83,7 +83,7 @@ def build(
     Started again after it was stopped or killed, it goes on.
 
     Example: `bridgeworks data build corpus/*.jsonl --output data/corpus --tokenizer llama-1b --split
-    0.98,0.01,0.01`, then `bridgeworks train ... --dataset data/corpus`
+    98,1,1`, then `bridgeworks train ... --dataset data/corpus`
     """
     from flows.build_data import build_data
 

@@ -99,13 +99,24 @@ def build_dataset(
     tokenizer = load_tokenizer(tokenizer_path)
     parts = output.with_name(output.name + PARTS)
     parts.mkdir(parents=True, exist_ok=True)
-    with locked(parts, "is being built by another process: wait for it"):
+    with locked(parts, "is being built by another process: wait for it"), kept_if_useful(parts):
         settings = _prepare(parts, tokenizer, corpus, options)
         merged, digests = _build(files, corpus, settings, output.name, options, report)
         record = _record(merged, files, digests, tokenizer, settings, tokenizer_path)
         _seal(parts / MERGED, sealed, record)
         shutil.rmtree(parts)
     return record
+
+
+@contextmanager
+def kept_if_useful(parts: Path) -> Iterator[None]:
+    """Remove the folder after an error if there is no finished shard in it to go on from."""
+    try:
+        yield
+    except BaseException:
+        if not any(parts.glob("*.npz")):  # what is written last of a shard
+            shutil.rmtree(parts, ignore_errors=True)  # the error that led here is the one to tell
+        raise
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

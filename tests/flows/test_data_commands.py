@@ -96,7 +96,7 @@ def test_splits_and_skipped_lines(folder):
     lines = [*(json.dumps({"text": text}) for text in TEXTS), "{"]
     (folder / "bad.jsonl").write_text("\n".join(lines))
     check_refused(run(*build(folder, "bad", "bad.jsonl")), "bad.jsonl, line 31: is no JSON")
-    built = run(*build(folder, "bad", "bad.jsonl"), "--on-error", "skip", "--split", "0.8,0.1,0.1")
+    built = run(*build(folder, "bad", "bad.jsonl"), "--on-error", "skip", "--split", "8,1,1")
     assert built.returncode == 0, built.stderr
     assert "left out 1 documents" in built.stderr
     record = json.loads((folder / "bad" / "dataset.json").read_text())
@@ -113,9 +113,10 @@ def test_splits_and_skipped_lines(folder):
         ("none.jsonl", (), ("no such text file or folder",)),
         ("text.jsonl.gz", (), ("line 1", 'expected a JSON object with a "text" key')),
         ("text.jsonl.gz", ("--split", "most"), ("--split is 'most'",)),
-        ("text.jsonl.gz", ("--text-key", "content", "--split", "0.9,0.2,0.1"), ("three fractions",)),
+        ("text.jsonl.gz", ("--text-key", "content", "--split", "0,1,1"), ("up to three shares",)),
+        ("text.jsonl.gz", ("--text-key", "content", "--split", "9,-1,2"), ("up to three shares",)),
     ],
 )
 def test_mistakes_are_named(folder, text, options, words):
     check_refused(run(*build(folder, "refused", text), *options), *words)
-    assert not (folder / "refused.json").exists()
+    assert not list(folder.glob("refused*"))

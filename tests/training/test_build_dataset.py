@@ -197,6 +197,13 @@ def test_a_finished_dataset_is_not_written_over(texts, source, tmp_path):
             build_dataset(texts, str(source), tmp_path / name, options)
 
 
+def test_a_build_that_finished_no_shard_leaves_nothing(texts, source, tmp_path):
+    wrong_key = Corpus(texts.inputs, text_key="content")
+    with pytest.raises(InputError, match='expected a JSON object with a "content" key'):
+        build_dataset(wrong_key, str(source), tmp_path / "out", Options(slice_bytes=SMALL))
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_bad_line_fails_by_file_and_line_or_is_counted(texts, source, tmp_path, workers):
     bad = [*LINES[:30], '{"text": ', *LINES[30:], '{"txt": "a"}', '{"text": "\\ud800"}']
