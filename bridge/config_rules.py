@@ -333,8 +333,8 @@ class Rope(ConfigRule):
         former, present = (self._meaning({**config, key: None}) for key in (ROPE, FORMER_ROPE))
         if former != present:
             raise UnsupportedModelError(
-                f"config.json has {FORMER_ROPE} {config[FORMER_ROPE]!r} but {ROPE} {config[ROPE]!r}: the two"
-                " mean the same, so leave out the one that the model was not trained with"
+                f"config.json has {FORMER_ROPE} {config[FORMER_ROPE]!r} but {ROPE} {config[ROPE]!r}: they"
+                " are two spellings of one setting, so leave out the one that is not the model's"
             )
 
     def _meaning(self, config: Config) -> dict[str, Any]:
