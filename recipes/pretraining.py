@@ -5,6 +5,7 @@ from typing import Any
 
 from bridge.errors import ConfigError
 from bridge.families import provider_of
+from bridge.provider import GPTModelProvider
 from training.config import (
     ConfigContainer,
     DatasetConfig,
@@ -13,7 +14,7 @@ from training.config import (
     TrainingConfig,
 )
 from training.overrides import apply_overrides, override_names
-from training.parallel_plan import plan_parallel
+from training.parallel_plan import SPLIT, plan_parallel
 from training.plan_table import plan_text
 from training.time_estimate import gpu_named
 
@@ -48,10 +49,6 @@ def pretrain_config(
     model.seq_length = min(SEQ_LENGTH, model.max_position_embeddings)
     model.tensor_model_parallel_size = tensor
     model.pipeline_model_parallel_size = pipeline
-    if "pipeline_model_parallel_size" not in changes:  # which another number of stages may not divide
-        model.virtual_pipeline_model_parallel_size = virtual
-        model.account_for_embedding_in_pipeline_split = outer_count
-        model.account_for_loss_in_pipeline_split = outer_count
     model.context_parallel_size = context
     model.expert_model_parallel_size = expert
     model.expert_tensor_parallel_size = 1 if expert > 1 else None
@@ -65,18 +62,41 @@ def pretrain_config(
         ddp=DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True),
     )
     named = {dotted_name(config, name): value for name, value in changes.items()}
-    config = with_what_follows(apply_overrides(config, named), set(named))
+    apply_overrides(config, named)
+    follows = {**what_follows(config), **stage_split(model, virtual, outer_count, set(named))}
+    apply_overrides(config, {name: value for name, value in follows.items() if name not in named})
     return with_parallelism(config, set(named), **planned) if planned else config
 
 
-def with_what_follows(config: ConfigContainer, given: set[str]) -> ConfigContainer:
-    """Fill, as far as they are not given, the settings that follow from others."""
-    follows = {
+def what_follows(config: ConfigContainer) -> dict[str, Any]:
+    """Return the settings that follow from others where nobody gives them."""
+    return {
         "optimizer.min_lr": config.optimizer.lr / 10,
         "scheduler.lr_warmup_iters": min(2000, config.train.train_iters // 10),
         "model.sequence_parallel": config.model.tensor_model_parallel_size > 1,
     }
-    return apply_overrides(config, {name: value for name, value in follows.items() if name not in given})
+
+
+def stage_split(
+    model: GPTModelProvider, virtual: int | None, outer_count: bool, given: set[str]
+) -> dict[str, Any]:
+    """Return how layers go to the stages: as a recipe wants it, as far as their number allows it.
+
+    `virtual` chunks a stage; with `outer_count` embedding and loss count as a layer each.
+    """
+    wanted = [(virtual, outer_count), (None, outer_count), (None, False)]
+    stages = model.pipeline_model_parallel_size
+    possible = (
+        (chunks, counted)
+        for chunks, counted in wanted
+        if stages > 1 and (model.num_layers + 2 * counted) % (stages * (chunks or 1)) == 0
+    )
+    chunks, counted = (None, False) if given & SPLIT else next(possible, (None, False))
+    return {
+        "model.virtual_pipeline_model_parallel_size": chunks,
+        "model.account_for_embedding_in_pipeline_split": counted,
+        "model.account_for_loss_in_pipeline_split": counted,
+    }
 
 
 def with_parallelism(

@@ -26,6 +26,7 @@ from training import gpt_step
 from training.callbacks import Callback, GarbageCollection, MetricsLog, Step, StopOnSignal, metrics_of
 from training.config import ConfigContainer
 from training.overrides import apply_overrides
+from training.parallel_plan import Layout
 from training.pretrain import prepare, train
 from training.profiling import window_callbacks
 from training.setup import Run, iterators, set_up
@@ -113,10 +114,7 @@ def arguments(values: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def configure(options: argparse.Namespace, assignments: list[str]) -> ConfigContainer:
     """Return the shape's config, in one copy of the model unless told otherwise, for the steps to run."""
-    config: ConfigContainer = pkgutil.resolve_name(options.shape)()
-    for field in ("tensor", "pipeline", "context", "expert"):
-        apply_overrides(config, {SHORTCUTS[field]: 1})
-    config.model.sequence_parallel = False
+    config: ConfigContainer = Layout().apply(pkgutil.resolve_name(options.shape)())
     config.train.train_iters = options.warmup + options.steps
     config.train.eval_interval = None
     config.scheduler.lr_warmup_iters = 0

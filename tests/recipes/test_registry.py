@@ -49,11 +49,24 @@ def test_recipe_fits_the_gpus_that_its_docstring_names(name):
     assert estimate_memory(config, num_gpus).total <= USABLE * GPUS["h100"].memory * 2**30
 
 
-@pytest.mark.parametrize("name", ["llama31_405b_pretrain_config", "qwen3_235b_a22b_pretrain_config"])
-def test_another_number_of_stages_drops_the_recipes_own_split(name):
-    model = recipe_named(name)(pipeline_model_parallel_size=1).model.finalize()
-    assert model.virtual_pipeline_model_parallel_size is None
-    assert not model.account_for_loss_in_pipeline_split
+@pytest.mark.parametrize(
+    ("changes", "chunks", "counted"),
+    [
+        ({}, 8, True),
+        ({"pipeline_model_parallel_size": 16}, 8, True),
+        ({"pipeline_model_parallel_size": 32}, None, True),
+        ({"pipeline_model_parallel_size": 9}, None, False),
+        ({"pipeline_model_parallel_size": 1}, None, False),
+        ({"virtual_pipeline_model_parallel_size": 2}, 2, True),
+        ({"num_layers": 6, "pipeline_model_parallel_size": 2}, None, True),
+        ({"num_layers_in_first_pipeline_stage": 14}, None, False),
+    ],
+)
+def test_another_number_of_stages_splits_the_layers_as_it_can(changes, chunks, counted):
+    model = recipe_named("llama31_405b_pretrain_config")(**changes).model.finalize()
+    assert model.virtual_pipeline_model_parallel_size == chunks
+    assert model.account_for_embedding_in_pipeline_split is counted
+    assert model.account_for_loss_in_pipeline_split is counted
 
 
 @pytest.mark.parametrize(("model", "billions"), SIZES.items())
