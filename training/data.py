@@ -15,6 +15,7 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import ConcatDataset, DataLoader
 
 from bridge.errors import ConfigError
+from bridge.job import die_with_parent
 from training.blend import Part, check_files, find_datasets, find_parts
 from training.config import DatasetConfig
 from training.sample_order import Blend, EpochDataset
@@ -122,7 +123,7 @@ def batches(
         dataset,
         batch_sampler=sampler,
         num_workers=num_workers,
-        worker_init_fn=outlive_sigterm,
+        worker_init_fn=leave_ending_to_rank,
         pin_memory=torch.cuda.is_available(),
         # its own generator: the default one belongs to the model, and a resumed run puts it back
         generator=torch.Generator(),
@@ -139,12 +140,13 @@ def or_error(batches: Iterator[Batch], num_samples: int) -> Iterator[Batch]:
     )
 
 
-def outlive_sigterm(worker: int) -> None:
-    """Let this worker process end by the word of its rank only, whoever else sends SIGTERM.
+def leave_ending_to_rank(worker: int) -> None:
+    """Let this worker process end with its rank or by its word only, whoever else sends SIGTERM.
 
     torchrun and schedulers tell every process of a job to stop, and a rank reads on until it has saved. To
     ignore the signal is not enough: a rank that exits ends its workers by SIGTERM and waits for them.
     """
+    die_with_parent()  # at once; torch's workers look every five seconds, and hold the lock of the run
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Thread(target=end_with_rank, args=(os.getppid(),), daemon=True).start()
 
