@@ -15,7 +15,6 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import ConcatDataset, DataLoader
 
 from bridge.errors import ConfigError
-from bridge.job import die_with_parent
 from training.blend import Part, check_files, find_datasets, find_parts
 from training.config import DatasetConfig
 from training.sample_order import Blend, EpochDataset
@@ -141,12 +140,11 @@ def or_error(batches: Iterator[Batch], num_samples: int) -> Iterator[Batch]:
 
 
 def leave_ending_to_rank(worker: int) -> None:
-    """Let this worker process end with its rank or by its word only, whoever else sends SIGTERM.
+    """Let this worker process end by the word of its rank only, whoever else sends SIGTERM.
 
     torchrun and schedulers tell every process of a job to stop, and a rank reads on until it has saved. To
     ignore the signal is not enough: a rank that exits ends its workers by SIGTERM and waits for them.
     """
-    die_with_parent()  # at once; torch's workers look every five seconds, and hold the lock of the run
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Thread(target=end_with_rank, args=(os.getppid(),), daemon=True).start()
 
