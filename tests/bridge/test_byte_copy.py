@@ -53,22 +53,26 @@ with OpenFiles() as files:
     assert "CheckpointError: a file became shorter while it was read: fetch it again" in ended.stderr
 
 
-def test_what_was_copied_is_not_resident(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nbytes", [200 << 20, 300_000])
+def test_what_was_copied_is_not_resident(nbytes: int, tmp_path: Path) -> None:
     program = """
 import os, sys
 from bridge.byte_copy import OpenFiles, copy_range
 from bridge.memory import peak_bytes
-source, target = sys.argv[1:]
+source, target, nbytes = *sys.argv[1:3], int(sys.argv[3])
 before = peak_bytes()
 with OpenFiles() as files:
-    copy_range(files.mapped(source), 0, 200 << 20, os.open(target, os.O_CREAT | os.O_WRONLY), 0)
+    descriptor = os.open(target, os.O_CREAT | os.O_WRONLY)
+    for start in range(0, 200 << 20, nbytes):
+        copy_range(files.mapped(source), start, min(nbytes, (200 << 20) - start), descriptor, 0)
 print(peak_bytes() - before)
 """
     with (tmp_path / "source").open("wb") as file:
-        file.truncate(200 << 20)
-    paths = [str(tmp_path / "source"), str(tmp_path / "target")]
+        for _ in range(200):
+            file.write(bytes(1 << 20))
+    arguments = [str(tmp_path / "source"), str(tmp_path / "target"), str(nbytes)]
     ended = subprocess.run(
-        [sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
     )
     assert int(ended.stdout) < 8 << 20
 
