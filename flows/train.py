@@ -18,12 +18,18 @@ from tasks.spec import ParallelSpec
 from tasks.train import config_for
 from training.blend import check_files, with_absolute_paths
 from training.config import ConfigContainer
+from training.config_paths import make_paths_absolute
 from training.metrics import read_metrics
 from training.overrides import apply_overrides
 
 SECONDS_BETWEEN_READS = 1.0
-SIZES = tuple(f"model.{name}" for name in ParallelSpec.model_fields)
 OPTIONS = "--tp, --pp, --cp, --ep, --etp and --dp"
+GIVEN_BY = {
+    **{f"model.{name}": f"give parallel sizes by {OPTIONS}" for name in ParallelSpec.model_fields},
+    "checkpoint.save": "give the run's folder by --output",
+    "checkpoint.pretrained_checkpoint": "give the checkpoint to start from by --load",
+    "logger.metrics_path": "the metrics are in the folder that --output gives",
+}
 
 
 def train(
@@ -45,9 +51,12 @@ def train(
     parallel = parallel_of(recipe, sizes)
     config = make_config(recipe, weights, parallel, changes)
     if dataset is not None:
+        if config.dataset.blend:
+            raise InputError("--dataset and dataset.blend both name the text: leave one out")
         config.dataset.blend = [str(dataset)]
     check(config, parallel)
     config.dataset = with_absolute_paths(config.dataset)
+    make_paths_absolute(config, Path.cwd())
     job = make_job(config, weights, output.absolute())
     print(f"ranks: {ranks_in_words(with_ranks(parallel))}", file=sys.stderr)
     report = run(job, output.absolute(), parallel.num_processes, max_restarts, print_lines=not as_json)
@@ -75,8 +84,9 @@ def make_config(
     recipe: str, load: Path | None, parallel: ParallelSpec, changes: list[str]
 ) -> ConfigContainer:
     """Return the recipe's config with the changes, its model that of the checkpoint where there is one."""
-    if wrong := next((change for change in changes if change.partition("=")[0].strip() in SIZES), None):
-        raise InputError(f"{wrong}: give parallel sizes by {OPTIONS}")
+    for change in changes:
+        if advice := GIVEN_BY.get(change.partition("=")[0].strip()):
+            raise InputError(f"{change}: {advice}")
     if load:
         return apply_overrides(config_for(recipe, parallel, read_model(load)), changes)
     config = recipe_named(recipe)()

@@ -12,6 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from bridge import check_layout
 from tasks.errors import SpecError
+from training.config_paths import PATHS, anchored
+
+# what a release decides by itself
+PLACES = (
+    *("checkpoint.save", "checkpoint.pretrained_checkpoint", "logger.metrics_path"),
+    *("dataset.blend", "dataset.blend_per_split", "dataset.path_to_cache", "tokenizer.tokenizer_model"),
+)
 
 
 class Section(BaseModel):
@@ -113,6 +120,14 @@ class TrainSpec(Section):
         for size in ParallelSpec.model_fields:
             if f"model.{size}" in overrides:
                 raise ValueError(f"model.{size} is set by train.parallel.{size}")
+        return overrides
+
+    @field_validator("overrides")
+    @classmethod
+    def _places_are_the_releases(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        for name in PLACES:
+            if name in overrides:
+                raise ValueError(f"{name} follows from the release's own steps and folders: leave it out")
         return overrides
 
     @field_validator("overrides")
@@ -281,16 +296,19 @@ def absolute(spec: ReleaseSpec, folder: Path) -> ReleaseSpec:
     return spec.model_copy(
         update={
             "workspace": folder / spec.workspace.expanduser(),
-            "source": spec.source.model_copy(update={"uri": _anchor(spec.source.uri, folder)}),
+            "source": spec.source.model_copy(update={"uri": anchored(spec.source.uri, folder)}),
             "dataset": spec.dataset.model_copy(
-                update={"inputs": [_anchor(text, folder) for text in spec.dataset.inputs]}
+                update={"inputs": [anchored(text, folder) for text in spec.dataset.inputs]}
+            ),
+            "train": spec.train.model_copy(
+                update={"overrides": {k: _override(k, v, folder) for k, v in spec.train.overrides.items()}}
             ),
             "publish": spec.publish.model_copy(
-                update={"destination": _anchor(spec.publish.destination, folder)}
+                update={"destination": anchored(spec.publish.destination, folder)}
             ),
         }
     )
 
 
-def _anchor(address: str, folder: Path) -> str:
-    return address if "://" in address else str(folder / Path(address).expanduser())
+def _override(name: str, value: Any, folder: Path) -> Any:
+    return anchored(value, folder) if name in PATHS and isinstance(value, str) else value

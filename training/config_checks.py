@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from bridge.errors import ConfigError
 from training import blend
+from training.config_paths import check_paths
 
 if TYPE_CHECKING:
     from training.config import ConfigContainer, OptimizerConfig
@@ -25,6 +26,7 @@ def check(config: "ConfigContainer", num_microbatches: int) -> None:
     check_profiling(config)
     check_resilience(config)
     check_exports(config)
+    check_paths(config)
 
 
 def check_schedule(config: "ConfigContainer") -> None:

@@ -16,6 +16,7 @@ import torch
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from bridge import distributed
+from bridge.errors import ConfigError
 from bridge.job import write_json
 from training import checkpoint, gpt_step
 from training.callbacks import (
@@ -39,6 +40,11 @@ from training.setup import ForwardStep, Run, build_data, compute_capability, ite
 from training.stopwatch import TimedData, timed_forward
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again and it goes on
+PLACES = {  # of a job, and where the config has them
+    "output": "checkpoint.save",
+    "load": "checkpoint.pretrained_checkpoint",
+    "metrics": "logger.metrics_path",
+}
 
 
 def main(config: dict[str, Any]) -> dict[str, Any]:
@@ -47,9 +53,7 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
     A run that was told to stop saves and exits with EXIT_STOPPED; its report says so too.
     """
     container = ConfigContainer.from_dict(config["config"])
-    container.checkpoint.save = config["output"]
-    container.checkpoint.pretrained_checkpoint = config.get("load")
-    container.logger.metrics_path = config.get("metrics")
+    take_places(container, config)
     report = pretrain(container, gpt_step.forward_step, report=Path(config["report"]))
     distributed.finalize()
     if report["stopped"]:
@@ -57,6 +61,18 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
             write_json(Path(config["report"]), report)
         sys.exit(EXIT_STOPPED)
     return report
+
+
+def take_places(config: ConfigContainer, job: dict[str, Any]) -> None:
+    """Put the places that the job names into the config, which may name no others."""
+    for key, name in PLACES.items():
+        section, _, field = name.partition(".")
+        given, found = job.get(key), getattr(getattr(config, section), field)
+        if found not in (None, given):
+            raise ConfigError(
+                f"{name} is {found} in the job's config, and its {key!r} is {given}: leave one out"
+            )
+        setattr(getattr(config, section), field, given)
 
 
 def pretrain(

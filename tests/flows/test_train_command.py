@@ -8,7 +8,8 @@ import pytest
 from checkpoints import make_hf_checkpoint
 from small_release import run
 
-from flows.train import parallel_of
+from bridge.errors import InputError
+from flows.train import make_config, parallel_of
 from recipes.llama import llama32_1b_pretrain_config
 from tasks.spec import ParallelSpec
 from tasks.train import config_for
@@ -99,6 +100,26 @@ def test_contradictions_are_refused_before_any_process_starts(
     assert message in result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("checkpoint.save=there", "checkpoint.save=there: give the run's folder by --output"),
+        ("checkpoint.pretrained_checkpoint=/none", "give the checkpoint to start from by --load"),
+        ("logger.metrics_path=m.jsonl", "the metrics are in the folder that --output gives"),
+    ],
+)
+def test_settings_that_options_decide(setting: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_config("llama32_1b_pretrain_config", None, ParallelSpec(), [setting])
+
+
+def test_text_that_is_named_twice(experts: Path, tmp_path: Path) -> None:
+    twice = ("--dataset", tmp_path / "a", "--set", f'dataset.blend=["{tmp_path}/b"]')
+    result = train(experts, tmp_path / "run", *twice)
+    assert result.returncode == 2
+    assert "--dataset and dataset.blend both name the text" in result.stderr
 
 
 def test_more_ranks_than_this_machine_has_gpus(experts: Path, tmp_path: Path) -> None:

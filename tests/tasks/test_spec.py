@@ -65,6 +65,11 @@ def test_yaml_scientific_notation_is_a_number() -> None:
     assert spec.train.overrides == {"optimizer.lr": 1e-4, "scheduler.lr_decay_style": "cosine"}
 
 
+def test_paths_among_the_overrides_are_taken_from_the_specs_folder(file) -> None:
+    spec = load_spec(file, ["train.overrides.logger.tensorboard_dir=tb", "train.overrides.optimizer.lr=1e-4"])
+    assert spec.train.overrides == {"logger.tensorboard_dir": str(file.parent / "tb"), "optimizer.lr": 1e-4}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -74,6 +79,8 @@ def test_yaml_scientific_notation_is_a_number() -> None:
         ("check.dtype=float8", "check.dtype is \"float8\": Input should be 'float32' or 'bfloat16'"),
         ("train.overrides.model.tensor_model_parallel_size=2", "is set by train.parallel.tensor_model"),
         ("train.overrides.model.expert_tensor_parallel_size=2", "is set by train.parallel.expert_tensor"),
+        ("train.overrides.checkpoint.save=x", "checkpoint.save follows from the release's own steps"),
+        ("train.overrides.dataset.blend=[x]", "dataset.blend follows from the release's own steps"),
         ("train.parallel.context_parallel_size=0", "train.parallel.context_parallel_size is 0"),
         ("publish.alias=latest", "choose another alias"),
         ("name=A B", 'name is "A B"'),

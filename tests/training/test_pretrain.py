@@ -15,6 +15,7 @@ from checkpoints import make_hf_checkpoint
 from process_groups import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bridge.errors import ConfigError
 from bridge.exporter import export_checkpoint
 from bridge.importer import import_checkpoint
 from bridge.ledger import DIFFERENT, ONLY_A, ONLY_B, compare_ledgers, ledger
@@ -22,7 +23,7 @@ from bridge.megatron_checkpoint import read_model
 from training.checkpoint_folders import complete_checkpoints
 from training.metrics import read_metrics
 from training.overrides import apply_overrides
-from training.pretrain import EXIT_STOPPED
+from training.pretrain import EXIT_STOPPED, take_places
 
 LAYOUTS = {
     "tp2": {"model.tensor_model_parallel_size": 2},
@@ -286,6 +287,16 @@ def test_stopped_and_killed_run_ends_like_one_that_was_not(runs, tiny_config, im
     last = [run / "iter_0000030" for run in (output, folder / "exact")]
     assert not compare_ledgers(*map(ledger, last)).names(DIFFERENT)
     assert (output / "latest_checkpointed_iteration.txt").read_text() == "30\n"
+
+
+def test_a_jobs_config_names_no_other_places(tiny_config, imported):
+    job = {"output": "run", "load": str(imported), "metrics": None}
+    config = tiny_config()
+    take_places(config, job)
+    assert config.checkpoint.save == "run"
+    take_places(config, job)
+    with pytest.raises(ConfigError, match=r"pretrained_checkpoint is .* and its 'load' is /elsewhere: leave"):
+        take_places(config, {**job, "load": "/elsewhere"})
 
 
 def test_exit_code_of_a_stopped_run_is_its_own():

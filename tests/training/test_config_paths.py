@@ -1,0 +1,37 @@
+"""Relative paths of a config mean the same in a job's folder as where they were given."""
+
+from pathlib import Path
+
+import pytest
+
+from bridge.errors import ConfigError
+from training.config import ConfigContainer
+from training.config_paths import check_paths, make_paths_absolute
+from training.overrides import apply_overrides
+
+
+def test_relative_paths_are_taken_from_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = apply_overrides(
+        ConfigContainer(),
+        {
+            "checkpoint.export_hf": "exports",
+            "logger.tensorboard_dir": "s3://bucket/curves",
+            "profiling.output": "/tmp/profile",
+            "tokenizer.tokenizer_model": "~/llama",
+        },
+    )
+    make_paths_absolute(config, Path("/here"))
+    assert config.checkpoint.export_hf == "/here/exports"
+    assert config.logger.tensorboard_dir == "s3://bucket/curves"
+    assert config.profiling.output == "/tmp/profile"
+    assert config.tokenizer.tokenizer_model == "/home/me/llama"
+    assert config.checkpoint.save is None
+
+
+@pytest.mark.parametrize("name", ["checkpoint.export_hf", "profiling.output", "tokenizer.tokenizer_model"])
+def test_addresses_are_no_folders(name: str) -> None:
+    config = apply_overrides(ConfigContainer(), {"logger.tensorboard_dir": "s3://bucket/curves"})
+    check_paths(config)
+    with pytest.raises(ConfigError, match=f"{name} is s3://bucket/x, an address: give a folder"):
+        check_paths(apply_overrides(config, {name: "s3://bucket/x"}))

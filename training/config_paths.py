@@ -1,0 +1,35 @@
+"""The places that a config names: a job runs in a folder of its own, where a relative path is another one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bridge.errors import ConfigError
+
+if TYPE_CHECKING:
+    from training.config import ConfigContainer
+
+# beside the dataset's, see blend.with_absolute_paths
+PATHS = ("checkpoint.export_hf", "logger.tensorboard_dir", "profiling.output", "tokenizer.tokenizer_model")
+ADDRESSES = ("logger.tensorboard_dir",)  # TensorBoard writes to them itself
+
+
+def check_paths(config: "ConfigContainer") -> None:
+    """Refuse addresses where only folders of this machine can be used."""
+    for name in PATHS:
+        section, _, field = name.partition(".")
+        value = getattr(getattr(config, section), field)
+        if value and "://" in value and name not in ADDRESSES:
+            raise ConfigError(f"{name} is {value}, an address: give a folder of this machine")
+
+
+def make_paths_absolute(config: "ConfigContainer", folder: Path) -> None:
+    """Take the config's relative paths from `folder`; those of the dataset are left as they are."""
+    for name in PATHS:
+        section, _, field = name.partition(".")
+        if value := getattr(getattr(config, section), field):
+            setattr(getattr(config, section), field, anchored(value, folder))
+
+
+def anchored(path: str, folder: Path) -> str:
+    """Return a relative path as one below `folder`; an address stays as it is."""
+    return path if "://" in path else str(folder / Path(path).expanduser())
