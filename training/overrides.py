@@ -70,7 +70,8 @@ def _field(config: ConfigContainer, name: str) -> tuple[Any, str]:
     if name not in names:
         nearest = max(names, key=lambda known: _likeness(known, name))
         sections = ", ".join(field.name for field in dataclasses.fields(config))
-        alike = _likeness(nearest, name)[0] >= ALIKE
+        # a short field, such as lr, is alike only together with its section
+        alike = max(_likeness(nearest, name)[0], _ratio(nearest, name)) >= ALIKE
         hint = f"did you mean {nearest!r}?" if alike else f"give section.field, of the sections {sections}"
         raise ConfigError(f"no setting is called {name!r}: {hint}")
     section, _, field = name.partition(".")
@@ -80,10 +81,11 @@ def _field(config: ConfigContainer, name: str) -> tuple[Any, str]:
 def _likeness(known: str, name: str) -> tuple[float, float]:
     """Compare the fields first: people mistake or forget a section more easily."""
     (section, _, field), (given_section, _, given_field) = known.rpartition("."), name.rpartition(".")
-    return (
-        difflib.SequenceMatcher(None, field, given_field).ratio(),
-        difflib.SequenceMatcher(None, section, given_section).ratio(),
-    )
+    return _ratio(field, given_field), _ratio(section, given_section)
+
+
+def _ratio(known: str, given: str) -> float:
+    return difflib.SequenceMatcher(None, known, given).ratio()
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:

@@ -173,18 +173,20 @@ def possible(
     config: ConfigContainer, num_gpus: int, fixed: frozenset[str]
 ) -> list[tuple[Layout, ConfigContainer]]:
     """Return the layouts that the model's sizes and the batch allow, with the config in each."""
-    found, reasons = [], Counter[str]()
+    found, reasons = [], {"number": Counter[str](), "settings": Counter[str]()}
     for layout in candidates(config, num_gpus, fixed):
-        laid_out = layout.apply(config, fixed)
-        try:
+        laid_out, kind = layout.apply(config, fixed), "number"
+        try:  # most combinations do not divide something: this is how we ask
             laid_out.num_microbatches(num_gpus)  # what most fail by, and much quicker than all checks
+            kind = "settings"
             laid_out.validate(num_gpus)
-        except ConfigError as error:  # most combinations do not divide something: this is how we ask
-            reasons[str(error)] += 1
+        except ConfigError as error:
+            reasons[kind][str(error)] += 1
         else:
             found.append((layout, laid_out))
     if not found:
-        blamed = f"{or_free(fixed)}: {reasons.most_common(1)[0][0]}" if fixed else ""
+        most = (reasons["settings"] or reasons["number"]).most_common(1)
+        blamed = f"{or_free(fixed)}: {most[0][0]}" if fixed else ""
         raise ConfigError(
             f"{num_gpus} GPUs share out neither the model nor train.global_batch_size"
             f" {config.train.global_batch_size}: make it a multiple of their number, or take another number"
@@ -228,12 +230,13 @@ def candidates(config: ConfigContainer, num_gpus: int, fixed: frozenset[str]) ->
 def pipelines(num_layers: int, sizes: list[int], *, split_given: bool) -> list[tuple[int, bool]]:
     """Return the numbers of stages into which the layers go evenly, or with embedding and loss counted.
 
-    Where the config says how layers are split, it is every number: the split is checked later.
+    Where the config says how layers are split, or none of them does, it is every number: the checks say more.
     """
     if split_given:
         return [(n, False) for n in sizes]
     even = [(n, False) for n in sizes if num_layers % n == 0]
-    return even + [(n, True) for n in sizes if n > 2 and num_layers % n and (num_layers + 2) % n == 0]
+    counted = [(n, True) for n in sizes if n > 2 and num_layers % n and (num_layers + 2) % n == 0]
+    return even + counted or [(n, False) for n in sizes]
 
 
 def powers_of_two(limit: int) -> list[int]:

@@ -41,6 +41,8 @@ def test_values_get_the_type_of_their_field(overrides):
         ("trian.train_iters=1", "did you mean 'train.train_iters'"),
         ("train_iters=1", "did you mean 'train.train_iters'"),
         ("seqlen=1", "did you mean 'model.seq_length'"),
+        ("optimizer.rl=1", "did you mean 'optimizer.lr'"),
+        ("model.tp=1", "no setting is called 'model.tp': give section.field"),
         (
             "data_paths=1",
             "no setting is called 'data_paths': give section.field, of the sections model, train",

@@ -99,7 +99,9 @@ def test_a_plan_keeps_what_a_recipe_is_given_and_shows_its_table(capsys) -> None
 
 def test_what_is_given_and_cannot_be_is_named() -> None:
     with pytest.raises(ConfigError, match=r"or leave model.tensor_model_parallel_size .* not divisible"):
-        llama3_8b_pretrain_config(parallelism="auto", num_gpus=9, tensor_model_parallel_size=3)
+        llama3_8b_pretrain_config(parallelism="auto", num_gpus=12, tensor_model_parallel_size=3)
+    with pytest.raises(ConfigError, match=r"num_layers 32 is not divisible by the 5 pipeline stages"):
+        llama3_8b_pretrain_config(parallelism="auto", num_gpus=10, pipeline_model_parallel_size=5)
     with pytest.raises(ConfigError, match=r"take more, or leave train.micro_batch_size to the plan"):
         llama3_8b_pretrain_config(parallelism="auto", num_gpus=1, micro_batch_size=8)
 
