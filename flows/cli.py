@@ -15,6 +15,8 @@ from flows.options import (
     CompareDtypes,
     CompareFamily,
     Expert,
+    ExportConfigFrom,
+    ExportFamily,
     Gate,
     Json,
     MaxRestarts,
@@ -32,6 +34,8 @@ from flows.options import (
     TrainDataset,
     TrainExpert,
     TrainExpertTensor,
+    TrainLoad,
+    TrainOutput,
     TrainPipeline,
     TrainTensor,
 )
@@ -172,13 +176,8 @@ def export(
         Path, typer.Argument(metavar="HF", help="The Hugging Face folder to write.", parser=written_here)
     ],
     max_shard_size: Annotated[str, typer.Option(help="Largest size of one safetensors file.")] = "5GB",
-    config_from: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Take config and tokenizer from this folder.", parser=read_here),
-    ] = None,
-    family: Annotated[
-        str | None, typer.Option(help="The model_type of a checkpoint of Megatron-LM, for its config.")
-    ] = None,
+    config_from: ExportConfigFrom = None,
+    family: ExportFamily = None,
     dtype: Dtype = None,
     workers: Workers = 2,
     max_memory: MaxMemory = "1GiB",
@@ -262,22 +261,8 @@ def compare(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="One that `bridgeworks recipes` lists.")],
-    output: Annotated[
-        Path,
-        typer.Option(
-            metavar="FOLDER",
-            help="Folder of the run; what it holds already is gone on with.",
-            parser=written_here,
-        ),
-    ],
-    load: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="Start from this Megatron or Hugging Face folder's weights and model.",
-            parser=read_here,
-        ),
-    ] = None,
+    output: TrainOutput,
+    load: TrainLoad = None,
     dataset: TrainDataset = None,
     tp: TrainTensor = None,
     pp: TrainPipeline = None,

@@ -80,7 +80,34 @@ Picture = Annotated[
     ),
 ]
 
+# of `export`: what describes a checkpoint of plain Megatron-LM
+ExportConfigFrom = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Take config and tokenizer from this folder.", parser=read_here),
+]
+ExportFamily = Annotated[
+    str | None, typer.Option(help="The model_type of a checkpoint of Megatron-LM, for its config.")
+]
+
 # of a training job
+TrainOutput = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        metavar="FOLDER",
+        help="Folder of the run; what it holds already is gone on with.",
+        parser=written_here,
+    ),
+]
+TrainLoad = Annotated[
+    Path | None,
+    typer.Option(
+        "--load",
+        metavar="FOLDER",
+        help="Start from this Megatron or Hugging Face folder's weights and model.",
+        parser=read_here,
+    ),
+]
 TrainTensor = Annotated[
     int | None,
     size("--tp", 64, "Ranks that share each layer (tensor parallel).", show_default=RECIPES_OWN),
