@@ -17,6 +17,7 @@ from typing import Any
 from bridge.errors import BridgeworksError, InputError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped and saved, start it again and it goes on
 
 # bound before any fork: a child of a threaded process must not load libraries
 _libc = ctypes.CDLL(None)

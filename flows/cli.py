@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from bridge.errors import BridgeworksError
+from bridge.errors import BridgeworksError, StoppedError
 from flows import audit, data
 from flows.local_path import read_here, written_here
 from flows.options import (
@@ -18,6 +18,7 @@ from flows.options import (
     ExportConfigFrom,
     ExportFamily,
     Gate,
+    Grace,
     Json,
     MaxRestarts,
     NumPrompts,
@@ -61,7 +62,7 @@ SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The release spec
 
 
 def main() -> None:
-    """Run the command: exit code 0 done, 1 a gate or a job failed, 2 bad input."""
+    """Run the command: exit code 0 done, 1 a gate or a job failed, 2 bad input, 75 stopped and saved."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
         sys.exit(app(standalone_mode=False) or 0)
@@ -69,7 +70,7 @@ def main() -> None:
         print(f"error: {_one_line(error.format_message())}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BridgeworksError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{'stopped' if isinstance(error, StoppedError) else 'error'}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)
@@ -271,13 +272,15 @@ def train(
     etp: TrainExpertTensor = None,
     dp: TrainData = 1,
     max_restarts: MaxRestarts = 2,
+    grace: Grace = 600,
     changes: Set = None,
     json: Json = False,
 ) -> None:
     """Train a recipe's model, or with --load that of a checkpoint, on the GPUs of this machine or its CPU.
 
-    The same command goes on with a run that was stopped. OUTPUT gets checkpoints/, metrics.jsonl and a folder
-    with the log of each job. `bridgeworks recipes RECIPE` shows everything that --set can change.
+    Ctrl-C and SIGTERM let it save and end with exit code 75; the same command then goes on. OUTPUT gets
+    checkpoints/, metrics.jsonl and a folder with the log of each job. `bridgeworks recipes RECIPE` shows
+    everything that --set can change.
 
     Example: `bridgeworks train continued_pretrain_config --load megatron/llama-1b --dataset data/code
     --output runs/llama --tp 2 --dp 4 --set train.train_iters=200`
@@ -300,6 +303,7 @@ def train(
         sizes=sizes,
         changes=changes or [],
         max_restarts=max_restarts,
+        grace=grace,
         as_json=json,
     )
 

@@ -142,6 +142,16 @@ TrainDataset = Annotated[
         parser=read_here,
     ),
 ]
+Grace = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        max=3600,
+        metavar="SECONDS",
+        help="How long a job that is told to stop may take to end its iteration and save, before it is"
+        " killed.",
+    ),
+]
 MaxRestarts = Annotated[
     int, typer.Option(min=0, help="Restarts after crashes in a row that bring no new checkpoint.")
 ]

@@ -10,7 +10,9 @@ from bridge.errors import InputError
 from bridge.pretrained import read_model, resolve_pretrained
 from flows.console import Progress, person_watches, print_json, print_table, progress
 from flows.layouts import ranks_in_words, with_ranks
+from flows.stop_request import StopRequest, noting_stops
 from recipes.registry import recipe_named
+from tasks.errors import JobStoppedError
 from tasks.gpus import check_gpus
 from tasks.launch import launch
 from tasks.restart import run_with_restarts
@@ -41,11 +43,13 @@ def train(
     sizes: Mapping[str, int | None],
     changes: list[str],
     max_restarts: int,
+    grace: float,
     as_json: bool,
 ) -> None:
     """Run the job and show what came of it; what `output` holds of an earlier run is gone on with.
 
-    `sizes` are those of a ParallelSpec; where one is None, the recipe decides.
+    `sizes` are those of a ParallelSpec; where one is None, the recipe decides. A job that is told to stop has
+    `grace` seconds to save.
     """
     weights = weights_of(load.absolute()) if load else None
     parallel = parallel_of(recipe, sizes)
@@ -59,7 +63,8 @@ def train(
     make_paths_absolute(config, Path.cwd())
     job = make_job(config, weights, output.absolute())
     print(f"ranks: {ranks_in_words(with_ranks(parallel))}", file=sys.stderr)
-    report = run(job, output.absolute(), parallel.num_processes, max_restarts, print_lines=not as_json)
+    with noting_stops(grace) as stop:
+        report = run(job, output.absolute(), parallel.num_processes, max_restarts, stop, not as_json)
     show(job, report, parallel, as_json)
 
 
@@ -124,25 +129,39 @@ def make_job(config: ConfigContainer, load: Path | None, output: Path) -> dict[s
 
 
 def run(
-    job: dict[str, Any], folder: Path, num_processes: int, max_restarts: int, *, print_lines: bool
+    job: dict[str, Any],
+    folder: Path,
+    num_processes: int,
+    max_restarts: int,
+    stop: StopRequest,
+    print_lines: bool,
 ) -> dict[str, Any]:
     """Run the job until it ends well, starting it again after crashes; return its report."""
+    checkpoints = Path(job["output"])
     with progress("training") as show_progress:
-        on_tick = follow(Path(job["metrics"]), job["config"]["train"]["train_iters"], show_progress)
+        show_iteration = follow(Path(job["metrics"]), job["config"]["train"]["train_iters"], show_progress)
+
+        def on_tick() -> None:
+            stop.check()
+            show_iteration()
 
         def start(name: str) -> dict[str, Any]:
-            return launch(
-                "training.pretrain",
-                job,
-                folder=folder / name,
-                num_processes=num_processes,
-                on_line=print if print_lines and not person_watches() else None,
-                on_tick=on_tick,
-            )
+            try:
+                return launch(
+                    "training.pretrain",
+                    job,
+                    folder=folder / name,
+                    num_processes=num_processes,
+                    grace=stop.grace,
+                    on_line=print if print_lines and not person_watches() else None,
+                    on_tick=on_tick,
+                )
+            except JobStoppedError:
+                return stop.outcome(folder / name, checkpoints)
 
         return run_with_restarts(
             start,
-            checkpoints=Path(job["output"]),
+            checkpoints=checkpoints,
             folder=folder,
             max_restarts=max_restarts,
             log=lambda line: print(line, file=sys.stderr),

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 
 from bridge.errors import InputError
 from bridge.job import PR_SET_PDEATHSIG, write_json
-from tasks.errors import JobCrashedError, JobError, JobStoppedError
+from tasks.errors import JobCrashedError, JobError, JobSavedError, JobStoppedError
 
 MARK = "BRIDGEWORKS_JOB"
 POLL_SECONDS = 0.2
@@ -54,8 +54,8 @@ def launch(
     report.json. `on_line` is called with each line of output and `on_tick` about five times a second, both in
     the calling thread. `timeout` and `grace` are in seconds; `grace` is how long a job that is told to stop
     may take to save. What a job refuses (exit code 2) is raised as InputError with its own message, any other
-    verdict of it as JobError, a halt as JobStoppedError, and everything else as JobCrashedError with the
-    job's error or the last lines of its log.
+    verdict of it as JobError, a halt as JobStoppedError, a job that was told to stop and has saved as
+    JobSavedError, and everything else as JobCrashedError with the job's error or the last lines of its log.
     """
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,9 +212,7 @@ def _result(module: str, exit_code: int, report: Path, log: Path, tail: list[str
         # torchrun's last words name the process that ended first, from which a rank's error may only follow
         raise JobCrashedError("\n".join([f"{message}; its last lines:", *tail]))
     if value is not None and value.get("stopped"):
-        raise JobStoppedError(
-            f"{module} was told to stop and has saved; start it again to go on (log: {log})"
-        )
+        raise JobSavedError(f"{module} was told to stop and has saved; start it again to go on (log: {log})")
     if exit_code:
         ended = f"exit code {exit_code}" if exit_code > 0 else f"signal {signal.Signals(-exit_code).name}"
         raise JobCrashedError(f"{module} ended by {ended} (log: {log}); its last lines:\n" + "\n".join(tail))

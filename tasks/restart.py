@@ -87,7 +87,7 @@ class Attempts:
 
     def end(self, outcome: str, error: BaseException | None = None) -> Attempt:
         """Note how the last attempt ended."""
-        reason, _, details = f"{type(error).__name__}: {error}".partition("\n") if error else ("", "", "")
+        reason, _, details = in_words(error).partition("\n") if error else ("", "", "")
         self.all[-1] = replace(
             self.all[-1],
             outcome=outcome,
@@ -104,6 +104,12 @@ class Attempts:
 
     def _write(self) -> None:
         write_json(self._file, self.to_json())
+
+
+def in_words(error: BaseException) -> str:
+    name = type(error).__name__
+    # what Python and Prefect raise for a signal says nothing itself
+    return f"{name}: {error}" if isinstance(error, Exception) else f"its launcher was told to stop ({name})"
 
 
 def run_with_restarts(

@@ -17,7 +17,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from bridge import distributed
 from bridge.errors import ConfigError
-from bridge.job import write_json
+from bridge.job import EXIT_STOPPED, write_json
 from training import checkpoint, gpt_step
 from training.callbacks import (
     Callback,
@@ -39,7 +39,6 @@ from training.run_lock import sole_run
 from training.setup import ForwardStep, Run, build_data, compute_capability, iterators, set_up
 from training.stopwatch import TimedData, timed_forward
 
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again and it goes on
 PLACES = {  # of a job, and where the config has them
     "output": "checkpoint.save",
     "load": "checkpoint.pretrained_checkpoint",

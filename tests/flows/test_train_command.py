@@ -1,18 +1,23 @@
 """`bridgeworks train` from the shell: real runs in every kind of layout, and what is refused before one."""
 
 import json
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from checkpoints import make_hf_checkpoint
-from small_release import run
+from small_release import PROGRAM, run
 
 from bridge.errors import InputError
+from bridge.job import EXIT_STOPPED
 from flows.train import make_config, parallel_of
 from recipes.llama import llama32_1b_pretrain_config
 from tasks.spec import ParallelSpec
 from tasks.train import config_for
+from training.checkpoint_folders import latest_complete
 from training.metrics import read_metrics
 
 SETTINGS = {
@@ -24,6 +29,7 @@ SETTINGS = {
     "model.seq_length": 16,
     "mixed_precision": "fp32",
 }
+SETTINGS_OF_ALL = [text for name, value in SETTINGS.items() for text in ("--set", f"{name}={value}")]
 SIZES = ("tensor_model", "pipeline_model", "context", "expert_model", "expert_tensor", "data")
 ASK = dict.fromkeys(f"{size}_parallel_size" for size in SIZES)
 
@@ -35,10 +41,9 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(load: Path, output: Path, *options: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    settings = [text for name, value in SETTINGS.items() for text in ("--set", f"{name}={value}")]
     # no GPU, so that the test is the same everywhere
     variables = {"CUDA_VISIBLE_DEVICES": "", **variables}
-    arguments = ("continued_pretrain_config", "--load", load, "--output", output, *settings, *options)
+    arguments = ("continued_pretrain_config", "--load", load, "--output", output, *SETTINGS_OF_ALL, *options)
     return run("train", *arguments, **variables)
 
 
@@ -61,6 +66,39 @@ def test_each_sequence_and_the_experts_on_two_ranks(experts: Path, tmp_path: Pat
     result = train(experts, tmp_path / "run", "--cp", 2, "--ep", 2, "--json")
     losses = check_trained(result, tmp_path / "run", context=2, expert_model=2, data=1)
     assert len(losses) == 2
+
+
+def test_a_run_that_is_told_to_stop_saves_and_says_how_to_go_on(experts: Path, tmp_path: Path) -> None:
+    """SIGTERM comes twice, as from `timeout`; relative paths are not those of the job's folder."""
+    changes = (*SETTINGS_OF_ALL, "--set", "train.train_iters=5000", "--set", "logger.tensorboard_dir=tb")
+    command = ["train", "continued_pretrain_config", "--load", experts, "--output", "run", *changes]
+    process = subprocess.Popen(
+        [PROGRAM, *map(str, command), "--dp", "2", "--grace", "120"],
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.is_file() and len(read_metrics(metrics)) > 1):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == EXIT_STOPPED, said
+    last = latest_complete(tmp_path / "run/checkpoints")
+    assert last > 1
+    assert "SIGTERM: the job ends its iteration and saves, for which it has 120 seconds" in said
+    assert (
+        f"stopped: told to stop by SIGTERM: iteration {last} is saved in {tmp_path}/run/checkpoints" in said
+    )
+    (attempt,) = json.loads((tmp_path / "run/attempts.json").read_text())
+    assert (attempt["outcome"], attempt["to_iteration"]) == ("ended", last)
+    assert attempt["reason"].startswith(f"JobSavedError: told to stop by SIGTERM: iteration {last} is saved")
+    assert list((tmp_path / "tb").iterdir())
 
 
 @pytest.mark.slow

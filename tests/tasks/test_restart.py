@@ -122,6 +122,16 @@ def test_attempts_of_earlier_launchers_stay_on_record(tmp_path: Path) -> None:
     assert names == ["job", "job-2", "job-3"]
 
 
+def test_a_launcher_that_is_told_to_stop_says_so(tmp_path: Path) -> None:
+    def start(name: str) -> dict:
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        run_with_restarts(start, checkpoints=tmp_path, folder=tmp_path, max_restarts=3, log=print)
+    (attempt,) = json.loads((tmp_path / ATTEMPTS).read_text())
+    assert attempt["reason"] == "its launcher was told to stop (SystemExit)"
+
+
 def test_a_verdict_is_final(run: Callable[..., dict], tmp_path: Path) -> None:
     with pytest.raises(JobError, match="GateError: the loss is no number"):
         run("verdict")
