@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bridge.errors import CheckpointError, ConfigError, CoverageError, InputErro
 from bridge.exporter import export_checkpoint
 from bridge.ledger import compare_ledgers, ledger
 from bridge.live_checkpoint import load_checkpoint
+from bridge.live_vocabulary import check_same_vocabulary
 from bridge.live_weights import export_hf_weights
 from bridge.megatron_checkpoint import MODEL, read_model
 from bridge.vocab_padding import VocabPadding
@@ -87,6 +89,13 @@ def test_a_model_of_another_vocabulary_is_neither_filled_nor_exported(
         list(export_hf_weights(model, read_model(folder)))
     with pytest.raises(CoverageError, match=rf"vocabulary of {vocab_size} tokens, the config to save"):
         AutoBridge.from_hf_pretrained(hf_checkpoint("llama")).save_megatron_model(model, folder / "never")
+
+
+@pytest.mark.parametrize(("rows", "passes"), [(256, True), (160, True), (200, False)])
+def test_a_model_that_says_nothing_needs_a_usual_padding(rows: int, passes: bool) -> None:
+    """One that Megatron alone has built."""
+    with nullcontext() if passes else pytest.raises(CoverageError, match="embedding has 200 rows for"):
+        check_same_vocabulary(None, rows, 160, "the folder")
 
 
 def test_the_padding_of_a_run_is_recorded_and_taken_off(

@@ -217,6 +217,10 @@ def test_checkpoint_is_exported(runs, folder, source):
     assert len(comparison.names(DIFFERENT)) > 10
     assert AutoModelForCausalLM.from_pretrained(folder / "exported").config.vocab_size == 300
     assert (folder / "exported" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    # 300 tokens on two ranks are 512 rows
+    assert (
+        json.loads((folder / "exact" / "iter_0000030" / "model.json").read_text())["num_padding_rows"] == 212
+    )
     config = json.loads((folder / "exact" / "iter_0000030" / "run_config.json").read_text())
     assert config["model"]["hidden_dropout"] == 0.1
 
