@@ -105,7 +105,7 @@ def make_config(
 def check(config: ConfigContainer, parallel: ParallelSpec) -> None:
     """Refuse what the run would fail by, before any process starts."""
     config.validate(parallel.num_processes)
-    check_gpus(parallel.num_processes, OPTIONS, config.mixed_precision)
+    check_gpus(parallel.num_processes, OPTIONS, config.mixed_precision, config.profiling)
     check_dataset(config)
 
 

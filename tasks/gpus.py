@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bridge.errors import ConfigError
+from training.config import ProfilingConfig
 from training.precision import MixedPrecisionConfig
 
 QUERY = ("--query-gpu=compute_cap,uuid", "--format=csv,noheader")
@@ -81,19 +82,31 @@ def count_visible(uuids: list[str], visible: str | None) -> int:
     return sum(1 for _ in itertools.takewhile(is_known, names))
 
 
-def check_gpus(num_ranks: int, sizes: str, precision: MixedPrecisionConfig | None = None) -> None:
+def needs_gpu(precision: MixedPrecisionConfig | None, profiling: ProfilingConfig | None) -> bool:
+    by_precision = precision is not None and (precision.fp16 or precision.fp8 is not None)
+    return by_precision or (profiling is not None and bool(profiling.gpu_tools))
+
+
+def check_gpus(
+    num_ranks: int,
+    sizes: str,
+    precision: MixedPrecisionConfig | None = None,
+    profiling: ProfilingConfig | None = None,
+) -> None:
     """Refuse a job that this machine's GPUs cannot run, by ConfigError, as far as this process can know.
 
     Without any GPU a job runs on the CPU, in as many ranks as it likes. `sizes` names the settings that the
     ranks follow from.
     """
-    if num_ranks == 1 and not (precision and (precision.fp16 or precision.fp8)):
+    if num_ranks == 1 and not needs_gpu(precision, profiling):
         return  # any machine has that: nvidia-smi may take seconds
     gpus = gpus_of_jobs()
     if gpus is None:
         return
     if precision:
         precision.check_device(gpus.capability)
+    if profiling:
+        profiling.check_device(gpus.count > 0)
     if 0 < gpus.count < num_ranks:
         raise ConfigError(
             f"{sizes} make {num_ranks} ranks, each with a GPU of its own, and this machine has {gpus.count}:"

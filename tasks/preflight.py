@@ -36,7 +36,8 @@ def check_spec(spec: ReleaseSpec, *, here: bool = True) -> None:
     if "train" in steps:
         check_destination(spec)
     if here and "train" in steps:
-        check_gpus(spec.train.parallel.num_processes, "the sizes of train.parallel", config.mixed_precision)
+        ranks = spec.train.parallel.num_processes
+        check_gpus(ranks, "the sizes of train.parallel", config.mixed_precision, config.profiling)
     if here and steps & {"check_import", "verify"}:
         check_gpus(spec.check.num_processes, "the parallel sizes of check")
 

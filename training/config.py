@@ -175,6 +175,19 @@ class ProfilingConfig:
     profile_ranks: list[int] = field(default_factory=lambda: [0])
     output: str | None = None
 
+    @property
+    def gpu_tools(self) -> list[str]:
+        """The tools that are asked for and look at a GPU."""
+        return [name for name in ("use_nsys_profiler", "record_memory_history") if getattr(self, name)]
+
+    def check_device(self, has_gpu: bool) -> None:
+        """Refuse by ConfigError tools that look at a GPU where there is none."""
+        if self.gpu_tools and not has_gpu:
+            raise ConfigError(
+                f"profiling.{self.gpu_tools[0]} looks at a GPU, and there is none: set it to false, and"
+                " profiling.use_pytorch_profiler to true for a look at the CPU"
+            )
+
 
 @dataclass
 class ResilienceConfig:

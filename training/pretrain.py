@@ -114,6 +114,7 @@ def prepare(config: ConfigContainer) -> None:
     started = torch.distributed.is_initialized()
     config.validate(torch.distributed.get_world_size() if started else int(os.environ.get("WORLD_SIZE", "1")))
     config.mixed_precision.check_device(compute_capability())
+    config.profiling.check_device(torch.cuda.is_available())
     if config.dataset.path_to_cache is None and config.checkpoint.save is not None:
         config.dataset.path_to_cache = str(Path(config.checkpoint.save) / SAMPLE_INDICES)
 

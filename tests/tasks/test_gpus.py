@@ -8,6 +8,7 @@ import pytest
 from bridge.errors import ConfigError
 from tasks import gpus
 from tasks.gpus import NONE, Gpus, check_gpus, gpus_of_jobs
+from training.config import ProfilingConfig
 from training.precision import mixed_precision
 
 FP8 = mixed_precision("bf16_with_fp8_blockwise_mixed")
@@ -135,6 +136,16 @@ def test_a_machine_that_does_not_compute_refuses_nothing(monkeypatch, variables,
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert gpus_of_jobs() == (None if elsewhere else NONE)
+
+
+@pytest.mark.parametrize("tool", ["use_nsys_profiler", "record_memory_history"])
+def test_tools_that_look_at_a_gpu(fake, tool: str) -> None:
+    profiling = ProfilingConfig(output="profile", **{tool: True})
+    with pytest.raises(ConfigError, match=rf"profiling\.{tool} looks at a GPU, and there is none: set it to"):
+        check_gpus(1, "sizes", profiling=profiling)
+    check_gpus(1, "sizes", profiling=ProfilingConfig(use_pytorch_profiler=True))
+    fake("9.0")
+    check_gpus(1, "sizes", profiling=profiling)
 
 
 def test_who_needs_no_gpu_does_not_wait_for_the_driver(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def test_good_spec_passes_and_writes_nothing(tmp_path, source) -> None:
         ("train.parallel.expert_tensor_parallel_size=2", "expert_tensor_parallel_size is 2 in a model"),
         ("train.parallel.context_parallel_size=3", "model.seq_length 512 cannot be shared out with context"),
         ("train.overrides.mixed_precision=fp16_mixed", "asks for fp16, which needs a GPU, and there is none"),
+        ("train.overrides.profiling.use_nsys_profiler=true", "looks at a GPU, and there is none: set it to"),
         ("source.uri=/no/such/folder", "no such folder: /no/such/folder"),
         ("source.uri=ftp://host/model", "unknown kind of address ftp:"),
         ("dataset.inputs=[/no/such/text]", "no such text file or folder: /no/such/text"),
