@@ -185,6 +185,11 @@ def test_an_export_that_fails_does_not_end_the_run(runs, folder):
     assert complete_checkpoints(folder / "no exports") == []
 
 
+def test_the_highest_of_all_ranks_is_known_to_the_first(runs):
+    """On a GPU that is the peak of its memory."""
+    assert runs["highest"] == 1.5
+
+
 def test_sealing_is_in_the_metrics(runs, folder):
     written = curve(folder, "dp2", "checkpoint_written_seconds")
     assert list(written) == [3, 6]

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from training import gpt_step
 from training.config import ConfigContainer
 from training.evaluate import evaluate
+from training.pipeline import highest_of_all_ranks
 from training.pretrain import pretrain
 
 
@@ -21,7 +22,8 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
         name: in_turn(evaluate, {**job, "report": config["report"]})
         for name, job in config["evaluate"].items()
     }
-    return {"runs": reports, "evaluate": losses}
+    highest = highest_of_all_ranks(int(os.environ["RANK"]) + 0.5)
+    return {"runs": reports, "evaluate": losses, "highest": highest}
 
 
 def train(config: dict[str, Any], resume_from: str | None = None) -> dict[str, Any]:
