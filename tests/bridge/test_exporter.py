@@ -143,7 +143,7 @@ BAD_METADATA: dict[str, tuple[Callable[[TorchDistMetadata], object], type[Except
     "file missing": (set_file("ghost.distcp"), CheckpointError, "does not exist"),
     "item of another tensor": (set_place(start=0), CheckpointError, "damaged|has shape"),
     "item beyond the end": (set_place(start=1 << 40), CheckpointError, "damaged"),
-    "item before the start": (set_place(start=-5), CheckpointError, "damaged"),
+    "item before the start": (set_place(start=-5), CheckpointError, "is malformed: .* from -5 on"),
 }
 
 
