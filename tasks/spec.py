@@ -16,7 +16,7 @@ from training.config_paths import PATHS, anchored
 
 # what a release decides by itself
 PLACES = (
-    *("checkpoint.save", "checkpoint.pretrained_checkpoint", "logger.metrics_path"),
+    *("checkpoint.save", "checkpoint.load", "checkpoint.pretrained_checkpoint", "logger.metrics_path"),
     *("dataset.blend", "dataset.blend_per_split", "dataset.path_to_cache", "tokenizer.tokenizer_model"),
 )
 

@@ -10,7 +10,7 @@ from bridge.megatron_checkpoint import resolve_checkpoint
 from bridge.pipeline_split import COUNTED, UNEVEN
 from bridge.pretrained import resolve_pretrained
 from training import fp8_state
-from training.checkpoint_choice import last_checkpoint
+from training.checkpoint_choice import branching_point, last_checkpoint
 from training.config import ConfigContainer
 from training.optimizer_groups import fit_groups
 from training.optimizer_state import SHARDING, local_state
@@ -25,11 +25,13 @@ METADATA = {"distrib_optim_sharding_type": SHARDING, "chained_optim_avoid_prefix
 
 
 def start_or_resume(run: Run) -> None:
-    """Load the run's last complete checkpoint, else the weights that it starts from, else nothing."""
+    """Load the run's last complete checkpoint, else another run's that it branches off from, else weights."""
     pretrained = run.config.checkpoint.pretrained_checkpoint
     last = last_checkpoint(run.config) if run.config.checkpoint.save else None
     if last is not None:
         load(run, last)
+    elif run.config.checkpoint.load is not None:
+        load(run, branching_point(run.config))
     elif pretrained is not None:
         run.source = resolve_pretrained(Path(pretrained))
         load_first_weights(run, run.source)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from bridge.errors import CheckpointError
-from bridge.megatron_checkpoint import LATEST
+from bridge.megatron_checkpoint import LATEST, resolve_checkpoint
 from training.agreement import first_of_all, on_first_rank
 from training.checkpoint_folders import (
     complete_checkpoints,
@@ -32,6 +32,19 @@ def last_checkpoint(config: ConfigContainer) -> Path | None:
             on_first_rank(partial(accept, config, folder))
             return folder
     return None
+
+
+def branching_point(config: ConfigContainer) -> Path:
+    """Return the checkpoint of another run that this one goes on from; nothing in its folder is changed.
+
+    One that is damaged, or no checkpoint of a run, is a CheckpointError; other data or another model a
+    ConfigError.
+    """
+    folder = resolve_checkpoint(Path(str(config.checkpoint.load)))
+    if damage := damage_of(folder, config.checkpoint.verify_tensors):
+        raise CheckpointError(f"{damage}: restore it, or give another checkpoint.load")
+    on_first_rank(partial(check_resume, config, folder))
+    return folder
 
 
 def candidates(root: Path) -> list[Path]:

@@ -102,6 +102,9 @@ class CheckpointConfig:
     most_recent_k: int | None = None
     # a Megatron folder whose weights the run starts from when `save` holds no complete checkpoint
     pretrained_checkpoint: str | None = None
+    # another run's checkpoint, or its folder of them, that the run branches off from in the same case, with its
+    # optimizer, schedule, random states and position in the data; `pretrained_checkpoint` is not read then
+    load: str | None = None
     # write checkpoints while training goes on
     async_save: bool = False
     # read all tensors of a checkpoint before a run goes on from it; every rank reads its share

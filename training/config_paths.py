@@ -9,7 +9,10 @@ if TYPE_CHECKING:
     from training.config import ConfigContainer
 
 # beside the dataset's, see blend.with_absolute_paths
-PATHS = ("checkpoint.export_hf", "logger.tensorboard_dir", "profiling.output", "tokenizer.tokenizer_model")
+PATHS = (
+    *("checkpoint.load", "checkpoint.export_hf", "logger.tensorboard_dir", "profiling.output"),
+    "tokenizer.tokenizer_model",
+)
 ADDRESSES = ("logger.tensorboard_dir",)  # TensorBoard writes to them itself
 
 
