@@ -102,7 +102,7 @@ class CheckpointConfig:
     most_recent_k: int | None = None
     # a Megatron folder whose weights the run starts from when `save` holds no complete checkpoint
     pretrained_checkpoint: str | None = None
-    # another run's checkpoint, or its folder of them, that the run branches off from in the same case, with its
+    # another run's checkpoint, or its folder of them, that the run branches off from in the same case, with
     # optimizer, schedule, random states and position in the data; `pretrained_checkpoint` is not read then
     load: str | None = None
     # write checkpoints while training goes on
