@@ -22,13 +22,17 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped and saved, start it agai
 # bound before any fork: a child of a threaded process must not load libraries
 _libc = ctypes.CDLL(None)
 
+MARK = "BRIDGEWORKS_JOB"
+"""The variable that marks the processes of a job that our launcher started."""
+
 
 def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
     """Ask the kernel to end this process when its parent ends; Linux only, elsewhere without effect."""
     if sys.platform != "linux":
         return
     _libc.prctl(PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
-    if os.getppid() == 1 and os.environ.get("RANK"):  # the agent was gone before the call took effect
+    # The agent was gone before the call took effect. One that our launcher did not start may be process 1.
+    if os.getppid() == 1 and "RANK" in os.environ and MARK in os.environ:
         os._exit(1)
 
 

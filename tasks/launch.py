@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bridge.errors import InputError
-from bridge.job import PR_SET_PDEATHSIG, write_json
+from bridge.job import MARK, PR_SET_PDEATHSIG, write_json
 from tasks.errors import JobCrashedError, JobError, JobSavedError, JobStoppedError
 
-MARK = "BRIDGEWORKS_JOB"
 POLL_SECONDS = 0.2
 TAIL_LINES = 30
 

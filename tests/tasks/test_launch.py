@@ -9,12 +9,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from bridge.errors import InputError
+from bridge.job import MARK, die_with_parent
 from tasks.errors import JobError, JobStoppedError
-from tasks.launch import MARK, halt_jobs, job_guard, launch
+from tasks.launch import halt_jobs, job_guard, launch
 
 JOBS = """
 import os, signal, sys, time
@@ -219,3 +221,18 @@ def test_signal_to_the_launcher_leaves_no_rank(run, tmp_path, signal_number) -> 
 
 def test_mark_is_no_secret(run) -> None:
     assert MARK not in os.environ
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_only_the_launchers_ranks_end_under_process_1(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torchrun that is process 1, as in a container, is no agent that has gone."""
+    ended: list[int] = []
+    monkeypatch.setattr("bridge.job._libc", Mock())
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv(MARK, raising=False)
+    if launched:
+        monkeypatch.setenv(MARK, "7")
+    die_with_parent()
+    assert ended == [1] * launched
