@@ -224,7 +224,7 @@ def test_mark_is_no_secret(run) -> None:
 
 
 @pytest.mark.parametrize("launched", [True, False])
-def test_only_the_launchers_ranks_end_under_process_1(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_the_launcher_end_under_process_1(launched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torchrun that is process 1, as in a container, is no agent that has gone."""
     ended: list[int] = []
     monkeypatch.setattr("bridge.job._libc", Mock())
