@@ -9,6 +9,7 @@ import torch
 
 from bridge.byte_copy import OpenFiles, ProgressCounter, write_from
 from bridge.dtypes import ITEM_SIZES
+from bridge.errors import CheckpointError
 from bridge.hf_checkpoint import INDEX
 from bridge.mapping import Shape
 from bridge.shard_plan import create_shard, plan_shards, write_index
@@ -44,12 +45,16 @@ def write_shards(
     with OpenFiles(os.O_WRONLY) as files:
         for name, weight in weights:
             data = weight.cpu().contiguous().flatten().view(torch.uint8)
-            assert len(data) == described[name].nbytes, f"{name} is {weight.dtype} {list(weight.shape)}"
+            if len(data) != described[name].nbytes:
+                raise CheckpointError(
+                    f"{name} arrived as {weight.dtype} {list(weight.shape)}: not as described"
+                )
             file, offset = places.pop(name)
             with files.opened(folder / file) as target:
                 write_from(target, memoryview(data.numpy()), offset)
             if counter:
                 counter.add(len(data))
-    assert not places, f"weights for {sorted(places)} did not arrive"
+    if places:
+        raise CheckpointError(f"weights for {', '.join(sorted(places))} did not arrive")
     if len(shards) > 1:
         write_index(folder / INDEX, shards, sum(tensor.nbytes for tensor in described.values()))
