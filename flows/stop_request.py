@@ -70,7 +70,7 @@ class StopRequest:
             return f"the job then failed with {report['error']['type']}: {report['error']['message']}"
         if self.signal and time.monotonic() - self.passed_on_at >= self.grace:
             return f"the job had not saved after {self.grace:g} seconds and was killed, --grace gives it more"
-        return "the job ended without saving, as it had not begun to train"
+        return "the job ended without saving, as any does before its first iteration"
 
 
 @contextmanager
