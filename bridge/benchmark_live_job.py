@@ -1,5 +1,6 @@
 """The job of `bridge.benchmark_live`: one model, every way to fill it and to make its tensors whole."""
 
+import gc
 import statistics
 import threading
 import time
@@ -151,6 +152,7 @@ def in_both(
 
 def measured(run: Callable[[], Any]) -> tuple[float, float]:
     """Return seconds until all ranks are done, and how much memory this one took beside the model, in MiB."""
+    gc.collect()  # what the way before has left, such as a whole model of transformers
     with PeakMemory() as memory:
         torch.distributed.barrier()
         began = time.perf_counter()
