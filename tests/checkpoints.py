@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from prediction_layers import add_prediction_layers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -250,6 +251,14 @@ def copy_checkpoint(source: Path, destination: Path) -> Path:
     """Copy a shared checkpoint for a test that changes it; return `destination`."""
     shutil.copytree(source, destination)
     return destination
+
+
+def change_weight(folder: Path, name: str) -> None:
+    """Change one number of a tensor in a Hugging Face folder."""
+    file = next(file for file in folder.glob("*.safetensors") if name in load_file(file))
+    tensors = load_file(file)
+    tensors[name].view(-1)[0] += 1
+    save_file(tensors, file, {"format": "pt"})
 
 
 def edit_json(path: Path, **changes: Any) -> None:

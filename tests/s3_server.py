@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 
 import boto3
 import fsspec
+import httpx
 import pytest
 from moto.server import ThreadedMotoServer
 
@@ -30,6 +31,8 @@ def s3_server() -> Iterator[str]:
         patch.setenv("AWS_ENDPOINT_URL", endpoint)
         patch.setenv("AWS_CONFIG_FILE", os.devnull)
         patch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+        # all servers of a process have the same contents
+        httpx.post(f"{endpoint}/moto-api/reset").raise_for_status()
         # file systems are kept by their arguments, and an earlier server's were the same
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         boto3.client("s3").create_bucket(Bucket=BUCKET)

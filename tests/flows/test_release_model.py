@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import change_weight, copy_checkpoint
 from mlflow import MlflowClient
 
 from bridge.errors import GateError
+from bridge.importer import import_checkpoint
 from bridge.ledger import ledger
 from flows.release_model import release_model
 from tasks.artifact import Artifact
@@ -88,16 +90,15 @@ def test_removed_release_is_published_again(spec) -> None:
     assert {action for name, (action, _) in found.items() if name != "publish"} == {"reuse"}
 
 
-def test_failing_gate_publishes_nothing_and_keeps_its_report(spec, prefect_server) -> None:
+def test_failing_gate_publishes_nothing_and_keeps_its_report(spec, prefect_server, tmp_path) -> None:
     changed = spec.model_copy(update={"check": spec.check.model_copy(update={"seed": 7})})
     releases = sorted((spec.workspace / "releases").iterdir())
     imported = artifact(spec, "import").payload
-    tensor = ledger(imported).records[-1]
-    shard = imported / tensor.file
+    other = copy_checkpoint(artifact(spec, "fetch").payload, tmp_path / "other")
+    change_weight(other, "model.layers.0.mlp.up_proj.weight")
+    (shard,) = (imported / file for file in {record.file for record in ledger(imported).records})
     content = shard.read_bytes()
-    flipped = bytearray(content)
-    flipped[tensor.offset + 1] ^= 0x40
-    shard.write_bytes(flipped)
+    shard.write_bytes((import_checkpoint(other, tmp_path / "changed").path / shard.name).read_bytes())
     try:
         with pytest.raises(GateError, match="check_import failed: digests: 1 tensors different") as error:
             release_model(changed)
