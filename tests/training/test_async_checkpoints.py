@@ -67,6 +67,9 @@ class Training:
         self.wait_for(lambda: self.lines() >= self.lines_before + 2, process)
 
         def caught() -> psutil.Process | None:
+            # one that is stopped in its first instant has not yet asked to be killed with its parent
+            if not list(self.output.glob("iter_*.partial/*.distcp")):
+                return None
             for writer in psutil.Process(process.pid).children():
                 try:
                     writer.suspend()
