@@ -6,6 +6,7 @@ first milliseconds on.
 
 import ctypes
 import importlib
+import io
 import json
 import logging
 import os
@@ -75,8 +76,16 @@ def run(module: str, config: dict[str, Any]) -> int:
     return 0
 
 
+def write_whole_lines() -> None:
+    """Write to the log by the line: the ranks share one file, and what one of them prints in pieces would mix."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
+
+
 def main() -> None:
     die_with_parent()
+    write_whole_lines()
     # forks do not inherit it, and Megatron's checkpoint writers would wait for a killed rank for ever
     os.register_at_fork(after_in_child=die_with_parent)
     # It warns that no CUDA runtime is found wherever CUDA_HOME is set, once for each rank.

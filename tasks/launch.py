@@ -111,7 +111,6 @@ def _environment(job: str, num_processes: int, grace: float, extra: Mapping[str,
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {
         "OMP_NUM_THREADS": str(max(1, cores // num_processes)),
-        "PYTHONUNBUFFERED": "1",
         # what Megatron and torch warn of at every start would bury what a job has to say
         "PYTHONWARNINGS": "ignore::UserWarning,ignore::FutureWarning,ignore::DeprecationWarning",
         # torchrun kills ranks after 30 seconds by itself; the grace given here decides instead

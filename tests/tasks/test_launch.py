@@ -38,6 +38,13 @@ def greet(config):
     print("hello", "world", os.environ["OMP_NUM_THREADS"])
     return {"rank": os.environ.get("RANK"), "world": os.environ.get("WORLD_SIZE")}
 
+def count(config):
+    ready(config)
+    while len(list(Path(config["output"]).glob("rank?"))) < 2:
+        pass
+    for i in range(2000):
+        print("line", i, "of rank", os.environ["RANK"])
+
 def refuse(config):
     raise CheckpointError("no such shard")
 
@@ -46,7 +53,7 @@ def crash(config):
     raise ZeroDivisionError("by nought")
 
 def vanish(config):
-    print("last words", flush=True)
+    print("last words")
     os.kill(os.getpid(), signal.SIGKILL)
 
 def stubborn(config):
@@ -125,6 +132,15 @@ def test_two_ranks_share_the_cores(run, monkeypatch) -> None:
     assert run("greet", num_processes=2, on_line=lines.append) == {"rank": "0", "world": "2"}
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert lines.count(f"hello world {threads}") == 2
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_lines_of_ranks_do_not_mix(unbuffered, run, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    lines = []
+    run("count", num_processes=2, on_line=lines.append)
+    said = [line for line in lines if "of rank" in line]
+    assert sorted(said) == sorted(f"line {i} of rank {rank}" for rank in "01" for i in range(2000))
 
 
 def test_refused_input_passes_through(run) -> None:
