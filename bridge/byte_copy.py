@@ -1,9 +1,11 @@
 """Copies byte ranges between files with a few threads, in memory that does not depend on their sizes."""
 
+import ctypes
 import errno
 import mmap
 import os
 import resource
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -22,10 +24,15 @@ except ImportError:  # a machine without our dependencies, such as a GPU image: 
     from zlib import crc32
 
 # Measured: at 1 MiB the buffer leaves the processor's cache and a copy with CRC runs at 0.6 of the speed.
-BUFFER_SIZE = 256 * 1024
-MAPPED_SIZE = 1024 * 1024  # of a mapped file, written at once and then forgotten
+BUFFER_SIZE = 512 * 1024
+# Of a mapped file, written at once. Measured: 128 KiB take a third longer, and so do 512 KiB; 1 MiB takes up to
+# twice as long, where writes of that size and alignment get their pages in larger blocks.
+WRITE_SIZE = 256 * 1024
+MAPPED_SIZE = 2 * 1024 * 1024  # of a mapped file, forgotten at once: the most that one page fault maps
 MAX_VIEWS = 1024  # IOV_MAX of Linux: the most buffers that one preadv fills
 MAX_OPEN = 256  # files; fewer where the process may open few
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 Item = TypeVar("Item")
 Progress = Callable[[int, int], None]
@@ -118,6 +125,8 @@ class ThreadBuffer(threading.local):
 
 def read_into(descriptor: int, views: list[memoryview], offset: int) -> None:
     """Fill `views` in turn with the bytes from `offset` on; fewer bytes are a CheckpointError."""
+    if len(views) == 1 and os.preadv(descriptor, views, offset) == views[0].nbytes:
+        return
     while views:
         count = os.preadv(descriptor, views[:MAX_VIEWS], offset)
         if count == 0:
@@ -135,9 +144,23 @@ def _without(views: list[memoryview], count: int) -> list[memoryview]:
     return []
 
 
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Take the space for a file of `nbytes` bytes at once, where the file system can.
+
+    Measured: threads that find the space taken write a file a tenth faster. `os.posix_fallocate` would write
+    into every block where the file system cannot.
+    """
+    if sys.platform == "linux" and _libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
+        error = ctypes.get_errno()
+        if error in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error, os.strerror(error))
+
+
 def write_from(descriptor: int, view: memoryview | bytes, offset: int) -> None:
     """Write all bytes of `view` at `offset`."""
-    written = 0
+    written = os.pwrite(descriptor, view, offset)
+    if written == len(view):
+        return
     with memoryview(view) as whole:
         while written < len(whole):
             # Released at once: what is in the traceback of an error would keep a mapped file from closing.
@@ -156,17 +179,22 @@ def copy_range(source: mmap.mmap, start: int, nbytes: int, target: int, position
     if end > len(source):
         raise _ends_early(len(source))
     with memoryview(source) as whole:
-        first = start
-        while first < end:
-            block = first - first % MAPPED_SIZE
+        while start < end:
+            block = start - start % MAPPED_SIZE
             last = min(block + MAPPED_SIZE, end)
-            with whole[first:last] as view:
-                # The write comes first. Where the file has become shorter since it was mapped, the kernel
-                # reports that to a write, while the first look of our own would end the process (SIGBUS).
-                _write_mapped(target, view, position + first - start)
-                crc = crc32(view, crc)
+            crc = _copy_block(whole, start, last, target, position, crc)
             source.madvise(mmap.MADV_DONTNEED, block, MAPPED_SIZE)
-            first = last
+            start, position = last, position + last - start
+    return crc
+
+
+def _copy_block(source: memoryview, start: int, end: int, target: int, position: int, crc: int) -> int:
+    for first in range(start, end, WRITE_SIZE):
+        with source[first : min(first + WRITE_SIZE, end)] as view:
+            # The write comes first. Where the file has become shorter since it was mapped, the kernel
+            # reports that to a write, while the first look of our own would end the process (SIGBUS).
+            _write_mapped(target, view, position + first - start)
+            crc = crc32(view, crc)
     return crc
 
 

@@ -12,6 +12,7 @@ from bridge.byte_copy import (
     copy_range,
     crc32,
     for_each,
+    reserve,
     write_from,
 )
 from bridge.chunk_plan import ByteRange, HfRows, Piece
@@ -94,6 +95,7 @@ class ItemWriter:
     ) -> None:
         target = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         try:
+            reserve(target, file.items[-1][1].end)
             for piece, item in file.items:
                 crc, position = 0, item.payload_start
                 for part in piece.parts:

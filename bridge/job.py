@@ -77,7 +77,7 @@ def run(module: str, config: dict[str, Any]) -> int:
 
 
 def write_whole_lines() -> None:
-    """Write to the log by the line: the ranks share one file, and what one of them prints in pieces would mix."""
+    """Write to the log by the line: the ranks share it, and what one prints in pieces would mix."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, write_through=False)

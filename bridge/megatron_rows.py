@@ -173,8 +173,9 @@ def _read_whole(
 ) -> Iterator[memoryview]:
     start, end = (tile.offset + row * row_size for row in (skip, skip + count))
     with files.opened(tile.file) as descriptor:
-        for offset in range(start, end, len(buffer)):
-            view = buffer[: min(len(buffer), end - offset)]
+        size = len(buffer)
+        for offset in range(start, end, size):
+            view = buffer if offset + size <= end else buffer[: end - offset]
             read_into(descriptor, [view], offset)
             yield view
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from bridge.byte_copy import write_from
+from bridge.byte_copy import reserve, write_from
 from bridge.chunk_plan import in_layers
 from bridge.dtypes import ITEM_SIZES, TO_SAFETENSORS
 from bridge.hf_checkpoint import SINGLE_SHARD
@@ -78,9 +78,7 @@ def create_shard(path: Path, shard: Shard) -> None:
     """Write a shard's header and take the space for its tensors."""
     target = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     try:
-        if hasattr(os, "posix_fallocate"):  # not on a Mac; measured: threads fill one file a tenth faster
-            os.posix_fallocate(target, 0, shard.size)
-        os.ftruncate(target, shard.size)
+        reserve(target, shard.size)
         write_from(target, shard.header, 0)
     finally:
         os.close(target)

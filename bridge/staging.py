@@ -43,13 +43,25 @@ class Journal:
         self.finished = _finished_files(folder, found[1:]) if same else {}
         self.started_over = () if same or len(found) < 2 else _differences(found[0], head)
         _empty(folder, keep=self.finished)
-        lines = [head, *(json.dumps([name, size]) for name, size in self.finished.items())]
-        (folder / JOURNAL).write_text("".join(f"{line}\n" for line in lines))
+        self._lines = [head, *(json.dumps(entry) for entry in self.finished.items())]
+        if self.finished:
+            self._write()
 
     def finish(self, name: str) -> None:
-        """Say that a file is completely written."""
-        with self._lock, (self.folder / JOURNAL).open("a") as journal:
-            journal.write(json.dumps([name, (self.folder / name).stat().st_size]) + "\n")
+        """Say that a file is completely written.
+
+        The first makes the journal: it goes at the end, and some file systems free space only behind all that
+        is being written (ext4 mounted with `discard`: measured, 20 to 100 ms after 3 GB). One of a single
+        file is gone before it has taken any.
+        """
+        with self._lock:
+            self._lines.append(json.dumps([name, (self.folder / name).stat().st_size]))
+            self._write()
+
+    def _write(self) -> None:
+        with (self.folder / JOURNAL).open("a") as journal:
+            journal.writelines(f"{line}\n" for line in self._lines)
+        self._lines.clear()
 
 
 def boot_id() -> str:
@@ -107,7 +119,7 @@ def resumable_folder(destination: Path, nbytes: int, origin: dict[str, Any]) -> 
             journal = Journal(partial, origin)
             _check_space(partial, nbytes - sum(journal.finished.values()))
             yield journal
-            (partial / JOURNAL).unlink()
+            (partial / JOURNAL).unlink(missing_ok=True)
         except StoppedError:
             raise
         except Exception:

@@ -114,32 +114,35 @@ def make_model(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def measure(source: Path, rounds: int, workers: int, with_model: bool) -> dict[str, Measured]:
-    """Run everything in turn, several times, and return the medians by name."""
+    """Run everything in turn, several times, and return the medians by name.
+
+    What a process has written is removed before the next one, so that each finds as much memory just given
+    back: other free memory a virtual machine may have returned to its host, which doubles a copy's time.
+    """
     folder = source.parent
-    megatron, hf, copy = folder / "megatron", folder / "exported", folder / "copy"
+    megatron, result = folder / "megatron", folder / "result"
     command = [sys.executable, "-m", "flows.cli"]
     threads = ["--workers", str(workers)]
-    steps: list[tuple[str, list[str], Path]] = [
-        ("cp of hf", ["cp", "-r", str(source), str(copy)], copy),
-        ("import", [*command, "import", str(source), str(megatron), *threads], megatron),
-        ("cp of megatron", ["cp", "-r", str(megatron), str(copy)], copy),
-        ("export", [*command, "export", str(megatron), str(hf), *threads], hf),
-    ]
+    steps = {
+        "cp of hf": ["cp", "-r", str(source), str(result)],
+        "import": [*command, "import", str(source), str(result), *threads],
+        "cp of megatron": ["cp", "-r", str(megatron), str(result)],
+        "export": [*command, "export", str(megatron), str(result), *threads],
+    }
+    for path in (megatron, result):
+        shutil.rmtree(path, ignore_errors=True)
+    run_process([*command, "import", str(source), str(megatron), *threads])
     found: dict[str, list[Measured]] = defaultdict(list)
     for number in range(rounds + 1):
-        for path in (megatron, hf, copy):
-            shutil.rmtree(path, ignore_errors=True)
-        for name, step, path in steps:
+        for name, step in steps.items():
             os.sync()  # or a process would be slowed down by what the one before it has written
             measured = run_process(step)
             if number:  # the first round warms the page cache
                 found[name].append(measured)
-            if path == copy:
-                shutil.rmtree(copy)
+            shutil.rmtree(result)
     if with_model:
         found |= {name: [each] for name, each in through_a_model(source, megatron, folder).items()}
-    for path in (megatron, hf, copy):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(megatron)
     return {name: _median(each) for name, each in found.items()}
 
 
@@ -174,8 +177,10 @@ def run_process(command: list[str]) -> Measured:
     """Run a command to its end; a failure is an error with what it said."""
     with tempfile.NamedTemporaryFile("r") as report:
         start = [sys.executable, "-S", "-c", START, report.name, *command]
+        # Images of containers forbid Python to keep what it compiles: a user's second start has it.
+        variables = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         said = subprocess.run(
-            start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+            start, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
         ).stdout
         seconds, peak, code = json.load(report)
     if code:

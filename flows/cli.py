@@ -1,5 +1,6 @@
 """The `bridgeworks` command. Each command imports what it needs itself, so that `--help` is quick."""
 
+import gc
 import signal
 import sys
 from pathlib import Path
@@ -74,6 +75,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except typer.Abort:
         sys.exit(130)
+    finally:
+        # Or Python would look through everything for garbage once more: 40 of the 220 ms of a short command.
+        gc.freeze()
 
 
 def _terminated(number: int, frame: Any) -> NoReturn:
