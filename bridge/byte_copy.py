@@ -25,8 +25,8 @@ except ImportError:  # a machine without our dependencies, such as a GPU image: 
 
 # Measured: at 1 MiB the buffer leaves the processor's cache and a copy with CRC runs at 0.6 of the speed.
 BUFFER_SIZE = 512 * 1024
-# Of a mapped file, written at once. Measured: 128 KiB take a third longer, and so do 512 KiB. 1 MiB takes up to
-# twice as long where it begins at a multiple of its size.
+# Of a mapped file, written at once. Measured: 128 KiB take a third longer, and so do 512 KiB; 1 MiB takes up
+# to twice as long.
 WRITE_SIZE = 256 * 1024
 MAPPED_SIZE = 2 * 1024 * 1024  # of a mapped file, forgotten at once: the most that one page fault maps
 MAX_VIEWS = 1024  # IOV_MAX of Linux: the most buffers that one preadv fills
