@@ -1,81 +1,45 @@
-"""`bridgeworks data`: the command's own options; each command imports what it needs itself."""
+"""`bridgeworks data`; each command imports what it needs itself."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flows.local_path import read_here, written_here
-from flows.options import Json
+from flows.options import (
+    AppendEod,
+    BuildWorkers,
+    DataOutput,
+    DocumentFormat,
+    Exclude,
+    Inputs,
+    Json,
+    MaxBytes,
+    OnError,
+    OnUnusable,
+    Split,
+    TextKey,
+    Tokenizer,
+)
 
 app = typer.Typer(
     help="Build, look at and adopt datasets of tokens.", rich_markup_mode="markdown", no_args_is_help=True
 )
 
 
-class OnError(StrEnum):
-    """What a document that cannot be used does to a build."""
-
-    FAIL = "fail"
-    SKIP = "skip"
-
-
-class Format(StrEnum):
-    """How documents lie in a file."""
-
-    JSONL = "jsonl"
-    PARQUET = "parquet"
-    TEXT = "text"
-
-
-Tokenizer = Annotated[
-    Path,
-    typer.Option(metavar="FOLDER", help="Hugging Face folder with the tokenizer.", parser=read_here),
-]
-
-
 @app.command()
 def build(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(metavar="INPUT", help="Files, folders, globs or URLs (s3://...) of text."),
-    ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            metavar="PREFIX",
-            help="Writes PREFIX.bin, .idx and .json; with --split a folder with train, valid and test.",
-            parser=written_here,
-        ),
-    ],
+    inputs: Inputs,
+    output: DataOutput,
     tokenizer: Tokenizer,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N,N,N",
-            help="Shares of train, valid and test, such as 98,1,1; each document goes to one of them.",
-        ),
-    ] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one a core")] = None,
-    text_key: Annotated[
-        str, typer.Option(help="Key of a JSON line, or column of Parquet, that holds the text.")
-    ] = "text",
-    append_eod: Annotated[
-        bool, typer.Option(help="End every document with the tokenizer's end-of-text token.")
-    ] = True,
-    format: Annotated[
-        Format | None, typer.Option(help="What the files are.", show_default="by their suffix")
-    ] = None,
-    on_error: Annotated[
-        OnError, typer.Option(help="Stop at a document that cannot be used, or leave it out and count it.")
-    ] = OnError.FAIL,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Leave out files and folders of this name; may be repeated.")
-    ] = None,
-    max_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Read no more bytes of text than this.")
-    ] = None,
+    split: Split = None,
+    workers: BuildWorkers = None,
+    text_key: TextKey = "text",
+    append_eod: AppendEod = True,
+    format: DocumentFormat = None,
+    on_error: OnUnusable = OnError.FAIL,
+    exclude: Exclude = None,
+    max_bytes: MaxBytes = None,
     json: Json = False,
 ) -> None:
     """Turn text (JSONL, Parquet, also .gz and .zst, or plain) into a Megatron indexed dataset, in parallel.

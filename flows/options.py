@@ -1,4 +1,4 @@
-"""Options that several commands have, and the long ones of `compare` and `train`."""
+"""Options that several commands have, and the long ones of `compare`, `data build` and `train`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +17,21 @@ class Gate(StrEnum):
     CONFIG = "config"
     TENSORS = "tensors"
     LOGITS = "logits"
+
+
+class OnError(StrEnum):
+    """What a document that cannot be used does to a build."""
+
+    FAIL = "fail"
+    SKIP = "skip"
+
+
+class Format(StrEnum):
+    """How documents lie in a file."""
+
+    JSONL = "jsonl"
+    PARQUET = "parquet"
+    TEXT = "text"
 
 
 def size(option: str, most: int, help: str, **more: Any) -> Any:
@@ -88,6 +103,44 @@ ExportConfigFrom = Annotated[
 ExportFamily = Annotated[
     str | None, typer.Option(help="The model_type of a checkpoint of Megatron-LM, for its config.")
 ]
+
+# of `data build`: what is read, how it is cut into documents, what is written
+Inputs = Annotated[
+    list[str],
+    typer.Argument(metavar="INPUT", help="Files, folders, globs or URLs (s3://...) of text."),
+]
+DataOutput = Annotated[
+    Path,
+    typer.Option(
+        metavar="PREFIX",
+        help="Writes PREFIX.bin, .idx and .json; with --split a folder with train, valid and test.",
+        parser=written_here,
+    ),
+]
+Tokenizer = Annotated[
+    Path,
+    typer.Option(metavar="FOLDER", help="Hugging Face folder with the tokenizer.", parser=read_here),
+]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,N,N",
+        help="Shares of train, valid and test, such as 98,1,1; each document goes to one of them.",
+    ),
+]
+BuildWorkers = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one a core")]
+TextKey = Annotated[str, typer.Option(help="Key of a JSON line, or column of Parquet, that holds the text.")]
+AppendEod = Annotated[bool, typer.Option(help="End every document with the tokenizer's end-of-text token.")]
+DocumentFormat = Annotated[
+    Format | None, typer.Option(help="What the files are.", show_default="by their suffix")
+]
+OnUnusable = Annotated[
+    OnError, typer.Option(help="Stop at a document that cannot be used, or leave it out and count it.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Leave out files and folders of this name; may be repeated.")
+]
+MaxBytes = Annotated[int | None, typer.Option(min=1, help="Read no more bytes of text than this.")]
 
 # of a training job
 TrainOutput = Annotated[
