@@ -39,7 +39,7 @@ def import_checkpoint(
 
     Quantised weights become what they stand for. `dtype` casts every weight, but for those that Megatron
     keeps in float32. `progress(done, total)` is called with bytes. Anything wrong with the source or the
-    destination is an InputError, and nothing is left behind; a conversion that was killed or stopped goes on
+    destination is an InputError, and nothing new is left behind; a conversion that was killed or stopped goes on
     from its finished files.
     """
     began = time.monotonic()

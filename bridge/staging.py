@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from bridge.sizes import readable_size
 
 SUFFIX = ".bridgeworks.partial"  # of a folder that is ours to empty: nobody else gives this name
 JOURNAL = ".journal"
+AGAIN = ".journal.new"  # one that is written again without what was damaged
 SPARE_BYTES = 16 << 20  # for metadata and side files
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -38,14 +39,15 @@ class Journal:
         self.folder = folder
         self._lock = threading.Lock()
         head = json.dumps({"origin": origin, "boot": boot_id()}, sort_keys=True)
-        found = _lines(folder)
-        same = found[:1] == [head + "\n"]
+        found = _entries(folder)
+        same = found[:1] == [json.loads(head)]
         self.finished = _finished_files(folder, found[1:]) if same else {}
-        self.started_over = () if same or len(found) < 2 else _differences(found[0], head)
-        _empty(folder, keep=self.finished)
+        self.started_over = () if same or len(found) < 2 else _differences(found[0], json.loads(head))
+        _empty(folder, keep=(JOURNAL, *self.finished) if self.finished else ())
         self._lines = [head, *(json.dumps(entry) for entry in self.finished.items())]
         if self.finished:
-            self._write()
+            self._write(AGAIN)
+            (folder / AGAIN).replace(folder / JOURNAL)  # or one that is killed here would lose them all
 
     def finish(self, name: str) -> None:
         """Say that a file is completely written.
@@ -56,10 +58,10 @@ class Journal:
         """
         with self._lock:
             self._lines.append(json.dumps([name, (self.folder / name).stat().st_size]))
-            self._write()
+            self._write(JOURNAL)
 
-    def _write(self) -> None:
-        with (self.folder / JOURNAL).open("a") as journal:
+    def _write(self, name: str) -> None:
+        with (self.folder / name).open("a") as journal:
             journal.writelines(f"{line}\n" for line in self._lines)
         self._lines.clear()
 
@@ -70,22 +72,27 @@ def boot_id() -> str:
     return BOOT_ID.read_text().strip() if BOOT_ID.is_file() else f"process {os.getpid()}"
 
 
-def _differences(old: str, new: str) -> tuple[str, ...]:
+def _differences(*heads: dict[str, Any]) -> tuple[str, ...]:
     """Name what two journals say otherwise in their first lines."""
-    before, now = ({"boot": head["boot"], **head["origin"]} for head in map(json.loads, (old, new)))
+    before, now = ({"boot": head["boot"], **head["origin"]} for head in heads)
     return tuple(name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name))
 
 
-def _finished_files(folder: Path, lines: list[str]) -> dict[str, int]:
-    entries = [json.loads(line) for line in lines]
+def _finished_files(folder: Path, entries: list[tuple[str, int]]) -> dict[str, int]:
     paths = {name: folder / name for name, _ in entries}
     return {n: size for n, size in entries if paths[n].is_file() and paths[n].stat().st_size == size}
 
 
-def _lines(folder: Path) -> list[str]:
-    journal = folder / JOURNAL
-    lines = journal.read_text().splitlines(keepends=True) if journal.is_file() else []
-    return [line for line in lines if line.endswith("\n")]  # the last may be cut off
+def _entries(folder: Path) -> list[Any]:
+    """Return what the journal's lines say, up to the first one that is damaged.
+
+    The last may be cut off; after a power failure some file systems have zeros for what was not written yet.
+    """
+    journal, entries = folder / JOURNAL, []
+    with suppress(ValueError):
+        for line in journal.read_bytes().splitlines() if journal.is_file() else []:
+            entries.append(json.loads(line))
+    return entries
 
 
 @contextmanager
@@ -112,18 +119,22 @@ def resumable_folder(destination: Path, nbytes: int, origin: dict[str, Any]) -> 
 
     `origin` is all that the content depends on, as JSON values. A writing that is killed, interrupted or
     stopped (StoppedError) can be gone on with: finished files are still there in the next one of the same
-    origin. After any other error nothing is left.
+    origin. After any other error nothing is left but what an earlier writing had finished: hours of work are
+    not lost by a disk that is full or a setting that is wrong.
     """
     with _partial_folder(destination) as partial:
+        journal = Journal(partial, origin)
         try:
-            journal = Journal(partial, origin)
             _check_space(partial, nbytes - sum(journal.finished.values()))
             yield journal
             (partial / JOURNAL).unlink(missing_ok=True)
         except StoppedError:
             raise
         except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
+            if journal.finished:
+                _empty(partial, keep=(JOURNAL, *journal.finished))
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         _give_name(partial, destination)
 
@@ -131,6 +142,7 @@ def resumable_folder(destination: Path, nbytes: int, origin: dict[str, Any]) -> 
 @contextmanager
 def _partial_folder(destination: Path) -> Iterator[Path]:
     """Make the folder beside `destination` and lock it; running out of space is an InputError."""
+    _refuse_existing(destination)  # . and / among them, which have no name
     partial = destination.with_name(destination.name + SUFFIX)
     descriptor = _locked(partial, destination)
     try:
@@ -138,16 +150,25 @@ def _partial_folder(destination: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(f"no space was left while writing {destination}: free some") from error
+        if error.errno == errno.EFBIG:
+            raise InputError(
+                f"a file of {destination} is larger than its file system or `ulimit -f` allows: give another"
+                " folder or a higher limit, or export smaller shards"
+            ) from error
         raise
     finally:
         os.close(descriptor)
 
 
+def _refuse_existing(destination: Path) -> None:
+    if os.path.lexists(destination):  # a link that leads nowhere is in the way as well
+        raise InputError(f"{destination} exists already: give another folder or remove it")
+
+
 def _locked(partial: Path, destination: Path) -> int:
     """Make the folder `partial`; return a descriptor that holds its lock."""
     while True:
-        if os.path.lexists(destination):  # a link that leads nowhere is in the way as well
-            raise InputError(f"{destination} exists already: give another folder or remove it")
+        _refuse_existing(destination)
         try:
             partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:

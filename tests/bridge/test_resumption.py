@@ -13,7 +13,7 @@ import pytest
 from checkpoints import copy_checkpoint
 
 from bridge.conversion import Conversion
-from bridge.errors import InputError
+from bridge.errors import ConfigError, InputError
 from bridge.exporter import export_checkpoint
 from bridge.importer import import_checkpoint
 from bridge.staging import SUFFIX
@@ -84,6 +84,16 @@ def test_a_killed_export_goes_on(megatron_checkpoint: Checkpoints, tmp_path: Pat
     assert second.resumed > 0.4 * second.bytes
     whole = export_checkpoint(source, tmp_path / "whole", max_shard_size="60KB")
     assert_same_files(second.path, whole.path)
+
+
+def test_a_setting_that_is_wrong_loses_no_finished_file(
+    megatron_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    source = megatron_checkpoint("llama")
+    killed(export_checkpoint, source, tmp_path / "hf", ', max_shard_size="60KB"')
+    with pytest.raises(ConfigError, match="max_memory is 1 MiB"):
+        export_checkpoint(source, tmp_path / "hf", max_shard_size="60KB", max_memory="1MiB")
+    assert export_checkpoint(source, tmp_path / "hf", max_shard_size="60KB").resumed
 
 
 WHAT_DIFFERS: dict[str, tuple[str, ...]] = {
