@@ -11,6 +11,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from bridge import live_checkpoint, live_weights
+from bridge.agreement import on_first_rank
 from bridge.byte_copy import Progress
 from bridge.conversion import Conversion
 from bridge.dtypes import check_weight_dtype
@@ -23,7 +24,7 @@ from bridge.pretrained import read_model, resolve_pretrained
 from bridge.progress_bar import progress_bar
 from bridge.provider import GPTModelProvider
 from bridge.same_model import check_same_model
-from bridge.shared_folder import on_first_rank, shared_folder
+from bridge.shared_folder import shared_folder
 
 # What a hub repository has that a bridge reads: no code, and no weights in other formats.
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]

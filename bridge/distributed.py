@@ -2,8 +2,6 @@
 
 import os
 import random
-from collections.abc import Callable
-from typing import Any
 
 import numpy
 import torch
@@ -11,7 +9,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch import distributed
 
 from bridge import cpu
-from bridge.errors import BridgeworksError, ConfigError
+from bridge.errors import ConfigError
 from bridge.provider import GPTModelProvider
 
 DEFAULT_SEED = 1234
@@ -72,31 +70,6 @@ def seed_generators(seed: int) -> None:
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-
-
-def on_every_rank(work: Callable[[], Any]) -> None:
-    """Do this rank's work; where it is an error on one rank, raise it on all, or the others would wait.
-
-    An error that is none of ours keeps its type on its own rank and is a BridgeworksError on the others.
-    """
-    own: Exception | None = None
-    try:
-        work()
-    except Exception as error:
-        own = error
-    told = own if own is None or isinstance(own, BridgeworksError) else BridgeworksError(line_of(own))
-    failures: list[BridgeworksError | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(failures, told)
-    if own is not None and own is not told:
-        raise own
-    for rank, found in enumerate(failures):
-        if found is not None:
-            raise type(found)(f"rank {rank}: {found}" if len(failures) > 1 else str(found)) from own
-
-
-def line_of(error: Exception) -> str:
-    """Return an error's class and message as one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def finalize() -> None:

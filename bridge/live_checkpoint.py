@@ -11,8 +11,8 @@ from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.api import CheckpointException
 
 from bridge import restricted_load
+from bridge.agreement import on_every_rank, on_first_rank
 from bridge.byte_copy import OpenFiles
-from bridge.distributed import on_every_rank
 from bridge.errors import BridgeworksError
 from bridge.families import provider_of
 from bridge.hf_checkpoint import HfCheckpoint
@@ -26,7 +26,7 @@ from bridge.megatron_checkpoint import (
 )
 from bridge.pretrained import is_hf_folder
 from bridge.provider import GPTModelProvider
-from bridge.shared_folder import on_first_rank, shared_folder
+from bridge.shared_folder import shared_folder
 from bridge.torch_dist.metadata import read_metadata
 from bridge.weight_sources import MegatronSource
 

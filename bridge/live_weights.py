@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from bridge.agreement import is_first_rank, on_every_rank
 from bridge.byte_copy import OpenFiles, Progress, ProgressCounter
-from bridge.distributed import device, on_every_rank
+from bridge.distributed import device
 from bridge.errors import CoverageError
 from bridge.families import plan_weights
 from bridge.gather_plan import dtype_of, plan_pieces
@@ -23,7 +24,6 @@ from bridge.mapping import WeightPlan
 from bridge.progress_bar import progress_bar
 from bridge.provider import GPTModelProvider
 from bridge.shards import blocks_by_tensor, check_model_coverage, gather_boxes, shards_of
-from bridge.shared_folder import is_first_rank
 from bridge.weight_sources import HfSource, WeightSource
 
 CPU_BUCKET_SIZE = 64 << 20

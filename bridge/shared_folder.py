@@ -1,18 +1,13 @@
 """A result folder that all ranks write into: made, named and, after an error, removed by the first one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from bridge.distributed import on_every_rank
+from bridge.agreement import on_first_rank
 from bridge.staging import SUFFIX, staged_folder
-
-
-def is_first_rank() -> bool:
-    return torch.distributed.get_rank() == 0
 
 
 @contextmanager
@@ -28,8 +23,3 @@ def shared_folder(destination: Path, nbytes: int) -> Iterator[Path]:
         torch.distributed.barrier()  # until every rank has written its part
         complete = staged.pop_all()
         on_first_rank(complete.close)
-
-
-def on_first_rank(work: Callable[[], Any]) -> None:
-    """Do what the first rank does for all while they wait; an error of it is raised on all."""
-    on_every_rank(work if is_first_rank() else lambda: None)

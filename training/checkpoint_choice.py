@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from bridge.agreement import answer_of_first_rank, first_of_all
 from bridge.errors import CheckpointError
 from bridge.megatron_checkpoint import LATEST, resolve_checkpoint
-from training.agreement import first_of_all, on_first_rank
 from training.checkpoint_folders import (
     complete_checkpoints,
     iteration_of,
@@ -27,9 +27,9 @@ def last_checkpoint(config: ConfigContainer) -> Path | None:
     A damaged one is a CheckpointError, or set aside if the config says so.
     """
     root = Path(str(config.checkpoint.save))
-    for folder in reversed(on_first_rank(partial(candidates, root))):
+    for folder in reversed(answer_of_first_rank(partial(candidates, root))):
         if is_whole(folder, config.checkpoint):
-            on_first_rank(partial(accept, config, folder))
+            answer_of_first_rank(partial(accept, config, folder))
             return folder
     return None
 
@@ -43,7 +43,7 @@ def branching_point(config: ConfigContainer) -> Path:
     folder = resolve_checkpoint(Path(str(config.checkpoint.load)))
     if damage := damage_of(folder, config.checkpoint.verify_tensors):
         raise CheckpointError(f"{damage}: restore it, or give another checkpoint.load")
-    on_first_rank(partial(check_resume, config, folder))
+    answer_of_first_rank(partial(check_resume, config, folder))
     return folder
 
 
@@ -70,13 +70,13 @@ def is_whole(folder: Path, settings: CheckpointConfig) -> bool:
         raise CheckpointError(
             f"{damage}: restore it, or set checkpoint.fall_back_if_damaged to go on from the one before it"
         )
-    on_first_rank(partial(give_up, folder, damage))
+    answer_of_first_rank(partial(give_up, folder, damage))
     return False
 
 
 def damage_of(folder: Path, verify_tensors: bool) -> str | None:
     """Say what is wrong with a checkpoint: its small files are for the first rank, tensors for all ranks."""
-    damage = on_first_rank(partial(message_of, partial(check_files, folder)))
+    damage = answer_of_first_rank(partial(message_of, partial(check_files, folder)))
     if damage is None and verify_tensors:
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         damage = first_of_all(message_of(partial(check_tensors, folder, rank, ranks)))

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from training.agreement import on_first_rank
+from bridge.agreement import answer_of_first_rank
 from training.locked import locked
 
 REFUSAL = "gets the checkpoints of another run: wait for that one, stop it, or give another checkpoint.save"
@@ -18,7 +18,7 @@ def sole_run(save: str | None) -> Iterator[None]:
     """Keep other runs of this machine off the folder `save`; all ranks enter together, the first locks."""
     with ExitStack() as held:
         if save is not None:
-            on_first_rank(partial(lock, Path(save), held))
+            answer_of_first_rank(partial(lock, Path(save), held))
         yield
 
 
