@@ -152,7 +152,7 @@ def reserve(descriptor: int, nbytes: int) -> None:
     """
     if sys.platform == "linux" and _libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)):
         error = ctypes.get_errno()
-        if error in (errno.ENOSPC, errno.EDQUOT):
+        if error in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # others: it cannot, or not for such a file
             raise OSError(error, os.strerror(error))
 
 

@@ -5,13 +5,14 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from bridge.byte_copy import MAPPED_SIZE, OpenFiles, copy_range, read_into, write_from
+from bridge.byte_copy import MAPPED_SIZE, OpenFiles, copy_range, read_into, reserve, write_from
 from bridge.errors import CheckpointError
 
 
@@ -91,6 +92,45 @@ def test_an_error_of_the_target_is_the_one_that_is_raised(tmp_path: Path) -> Non
         copy_range(files.mapped(tmp_path / "source"), 0, 2 * MAPPED_SIZE, target, 0)
     assert open_descriptors() == before
     assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+def test_takes_the_space_first(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        reserve(file.fileno(), 1 << 20)
+        assert (tmp_path / "file").stat().st_size == 1 << 20
+        assert (tmp_path / "file").stat().st_blocks * 512 >= 1 << 20
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="a file system of Linux, and a small one")
+def test_too_little_space_is_an_error_before_a_byte_is_written() -> None:
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            reserve(file.fileno(), 1 << 50)
+        assert os.fstat(file.fileno()).st_size == 0
+
+
+def test_a_larger_file_than_is_allowed_is_an_error_before_a_byte_is_written(tmp_path: Path) -> None:
+    """In a process of its own, as a limit that was lowered stays low."""
+    program = """
+import os, resource, sys
+from bridge.byte_copy import reserve
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+reserve(os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY), 1001)
+"""
+    command = [sys.executable, "-c", program, str(tmp_path / "file")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert os.strerror(errno.EFBIG) in ended.stderr
+
+
+def test_where_no_space_can_be_taken_nothing_is_done() -> None:
+    reading, writing = os.pipe()
+    reserve(writing, 1 << 20)  # a pipe has none
+    os.set_blocking(reading, False)
+    with pytest.raises(BlockingIOError):
+        os.read(reading, 1)
+    os.close(reading)
+    os.close(writing)
 
 
 def open_descriptors() -> set[str]:

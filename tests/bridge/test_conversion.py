@@ -1,5 +1,7 @@
 """Import and export together: the round trip, and what neither of them may do."""
 
+import ctypes
+import errno
 import filecmp
 import json
 import subprocess
@@ -107,6 +109,49 @@ def test_progress_counts_every_byte_once(hf_checkpoint: Checkpoints, tmp_path: P
     calls.clear()
     export_checkpoint(tmp_path / "megatron", tmp_path / "hf", progress=lambda *call: calls.append(call))
     assert calls[-1] == (imported.bytes, imported.bytes)
+
+
+class FileSystem:
+    """A C library whose file system takes no space ahead, for the reason `number`."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def fallocate(self, *arguments: object) -> int:
+        ctypes.set_errno(self._number)
+        return -1
+
+
+def test_where_no_space_can_be_taken_ahead_files_are_the_same(
+    hf_checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = hf_checkpoint("qwen3_moe")
+    whole = import_checkpoint(source, tmp_path / "whole").path
+    monkeypatch.setattr("bridge.byte_copy._libc", FileSystem(errno.EOPNOTSUPP))
+    megatron = import_checkpoint(source, tmp_path / "megatron").path
+    names = [path.name for path in whole.glob("*.distcp")]
+    assert filecmp.cmpfiles(whole, megatron, names, shallow=False)[0] == names
+    assert_same_checkpoint(source, export_checkpoint(megatron, tmp_path / "hf").path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("convert", [import_checkpoint, export_checkpoint])
+def test_space_that_is_not_there_is_said_before_a_weight_is_written(
+    convert: Callable[..., object],
+    number: int,
+    hf_checkpoint: Checkpoints,
+    megatron_checkpoint: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As under a quota, of which the free space says nothing."""
+    source = hf_checkpoint("llama") if convert is import_checkpoint else megatron_checkpoint("llama")
+    monkeypatch.setattr("bridge.byte_copy._libc", FileSystem(number))
+    calls: list[int] = []
+    with pytest.raises(InputError, match=rf"^no space was left while writing {tmp_path}/out: free some$"):
+        convert(source, tmp_path / "out", progress=lambda done, total: calls.append(done))
+    assert not calls
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("convert", [import_checkpoint, export_checkpoint])
