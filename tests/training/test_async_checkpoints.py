@@ -12,13 +12,21 @@ from typing import Any
 
 import psutil
 import pytest
+from process_groups import TESTS
 
 from bridge.ledger import DIFFERENT, compare_ledgers, ledger
-from training.checkpoint_folders import complete_checkpoints
+from training.checkpoint_folders import complete_checkpoints, folder_of
 from training.metrics import read_metrics
 from training.pretrain import EXIT_STOPPED
 
 ITERATIONS = 40
+LONGEST = 240  # seconds, to end a hang
+# the tree before the tests, whose folder bridge would hide the package
+ENVIRONMENT = {
+    "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+}
 SETTINGS = {
     "train.train_iters": ITERATIONS,
     "train.eval_interval": None,
@@ -40,11 +48,12 @@ class Training:
             json.dumps({**settings, "metrics": str(self.metrics), "report": str(self.report)})
         )
 
-    def start(self, *before: str) -> subprocess.Popen:
-        self.lines_before = self.lines()
+    def start(self, *before: str, hold: int | None = None) -> subprocess.Popen:
+        """Start it; the writer of the checkpoint of iteration `hold` stops in the middle."""
+        self.change_job(hold=None if hold is None else folder_of(self.output, hold).name)
         return subprocess.Popen(
-            [*before, sys.executable, "-m", "bridge.job", "training.pretrain", str(self.job)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            [*before, sys.executable, "-m", "bridge.job", "training_jobs.held", str(self.job)],
+            env={**os.environ, **ENVIRONMENT},
             stdout=(self.folder / "log.txt").open("ab"),
             stderr=subprocess.STDOUT,
         )
@@ -53,33 +62,21 @@ class Training:
         return (self.folder / "log.txt").read_text()[-3000:]
 
     def wait_for(self, condition, process: subprocess.Popen) -> Any:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + LONGEST
         while not (found := condition()):
             assert process.poll() is None, self.log()
             assert time.monotonic() < deadline
-            time.sleep(0.001)
+            time.sleep(0.01)
         return found
 
-    def catch_writer(self, process: subprocess.Popen) -> psutil.Process:
-        """Stop a writer before it is done; several checkpoints may be sealed before one is caught."""
+    def stopped_writer(self, process: subprocess.Popen) -> psutil.Process:
+        """Wait for the writer that is held."""
 
-        # imports and the compiler start processes too; after an iteration there are writers only
-        self.wait_for(lambda: self.lines() >= self.lines_before + 2, process)
+        def stopped() -> list[psutil.Process]:
+            return [each for each in psutil.Process(process.pid).children() if is_stopped(each)]
 
-        def caught() -> psutil.Process | None:
-            # one that is stopped in its first instant has not yet asked to be killed with its parent
-            if not list(self.output.glob("iter_*.partial/*.distcp")):
-                return None
-            for writer in psutil.Process(process.pid).children():
-                try:
-                    writer.suspend()
-                    if writer.status() == psutil.STATUS_STOPPED:
-                        return writer
-                except psutil.NoSuchProcess:
-                    continue
-            return None
-
-        return self.wait_for(caught, process)
+        (writer,) = self.wait_for(stopped, process)
+        return writer
 
     def is_locked(self) -> bool:
         """Say whether another run would be refused."""
@@ -93,18 +90,30 @@ class Training:
         return False
 
     def allow_damage(self) -> None:
-        job = json.loads(self.job.read_text())
-        job["config"]["checkpoint"]["fall_back_if_damaged"] = True
-        self.job.write_text(json.dumps(job))
+        config = json.loads(self.job.read_text())["config"]
+        config["checkpoint"]["fall_back_if_damaged"] = True
+        self.change_job(config=config)
+
+    def change_job(self, **changes: Any) -> None:
+        self.job.write_text(json.dumps({**json.loads(self.job.read_text()), **changes}))
 
     def names(self) -> list[str]:
         return [path.name for path in complete_checkpoints(self.output)]
 
-    def lines(self) -> int:
-        return self.metrics.read_bytes().count(b"\n") if self.metrics.is_file() else 0
+    def iteration(self) -> int:
+        """Return the last iteration that the metrics know."""
+        return max((line["iteration"] for line in read_metrics(self.metrics)), default=0)
 
-    def iterations(self) -> int:
-        return len(read_metrics(self.metrics))
+
+def is_stopped(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
+
+
+def names_of(*iterations: int) -> list[str]:
+    return [f"iter_{iteration:07d}" for iteration in iterations]
 
 
 @pytest.fixture(scope="module")
@@ -118,43 +127,41 @@ def training(tiny_config, imported, tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(training) -> Training:
     made = training("undisturbed")
-    assert made.start().wait(120) == 0, made.log()
+    assert made.start().wait(LONGEST) == 0, made.log()
     return made
 
 
 def test_a_run_survives_what_happens_to_its_writers(training, undisturbed):
     run = training("disturbed", **{"checkpoint.async_save": True})
 
-    # the run is killed while it trains beside a writer
-    process = run.start()
-    run.catch_writer(process)
-    sealed, reached = run.names(), run.iterations()
-    run.wait_for(lambda: run.iterations() >= reached + 2, process)
-    assert run.names() == sealed
-    assert list(run.output.glob("iter_*.partial"))
+    # the run is killed while it trains beside a writer, until the next checkpoint is due
+    process = run.start(hold=10)
+    run.stopped_writer(process)
+    run.wait_for(lambda: run.iteration() >= 14, process)
+    assert run.names() == names_of(5)
+    assert list(run.output.glob("iter_0000010.*.partial/*.distcp"))
     assert run.is_locked()
     process.kill()
-    process.wait(60)
-    assert run.names() == sealed
+    process.wait(LONGEST)
+    assert run.names() == names_of(5)
 
     # a writer is killed: that is an error of the run, and what it wrote is gone
-    process = run.start()
-    writer = run.catch_writer(process)
-    sealed = run.names()
-    writer.kill()
-    assert process.wait(60) == 1
+    process = run.start(hold=15)
+    run.stopped_writer(process).kill()
+    assert process.wait(LONGEST) == 1
     assert "was killed" in json.loads(run.report.read_text())["error"]["message"]
-    assert run.names() == sealed
+    assert run.names() == names_of(5, 10)
     assert not list(run.output.glob("iter_*.partial"))
 
     # the run is told to stop while a writer is at work: that one ends, and another one writes the last state
-    process = run.start()
-    writer = run.catch_writer(process)
+    process = run.start(hold=25)
+    writer = run.stopped_writer(process)
     process.send_signal(signal.SIGTERM)
     writer.resume()
-    assert process.wait(60) == EXIT_STOPPED, run.log()
+    assert process.wait(LONGEST) == EXIT_STOPPED, run.log()
     stopped = json.loads(run.report.read_text())["iteration"]
-    assert run.names()[-1] == f"iter_{stopped:07d}"
+    assert 25 < stopped <= 30
+    assert run.names()[-2:] == names_of(25, stopped)
     assert (run.output / "latest_checkpointed_iteration.txt").read_text() == f"{stopped}\n"
     assert not list(run.output.glob("iter_*.partial"))
 
@@ -165,11 +172,11 @@ def test_a_run_survives_what_happens_to_its_writers(training, undisturbed):
         changed = file.read(1)[0] ^ 1
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([changed]))
-    assert run.start().wait(60) == 2, run.log()
+    assert run.start().wait(LONGEST) == 2, run.log()
     message = json.loads(run.report.read_text())["error"]["message"]
     assert f"{run.names()[-1]} is damaged: {tensors.name} is not what was written" in message
     run.allow_damage()
-    assert run.start().wait(120) == 0, run.log()
+    assert run.start().wait(LONGEST) == 0, run.log()
     assert (run.output / f"{tensors.parent.name}.damaged").is_dir()
     assert not run.is_locked()
     for key in ("loss", "grad_norm"):
@@ -186,7 +193,7 @@ def test_no_space_for_a_file_is_an_error_of_the_run(training):
     """The kernel refuses files of more than 200 KiB, as a full disk would."""
     run = training("full", **{"checkpoint.async_save": True})
     process = run.start("prlimit", f"--fsize={200 << 10}")
-    assert process.wait(120) == 1
+    assert process.wait(LONGEST) == 1
     assert "File too large" in json.loads(run.report.read_text())["error"]["message"]
     assert run.names() == []
     assert not list(run.output.glob("iter_*"))
