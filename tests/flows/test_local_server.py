@@ -14,9 +14,9 @@ from prefect.client.orchestration import get_client
 with local_server():
     with get_client(sync_client=True) as client:
         assert client.api_healthcheck() is None
-        print(client.api_url.port, flush=True)
     try:
-        time.sleep(60)
+        print(client.api_url.port, flush=True)
+        time.sleep(300)
     except KeyboardInterrupt:
         with get_client(sync_client=True) as client:
             print(client.api_healthcheck(), flush=True)
@@ -42,8 +42,10 @@ def test_outlives_ctrl_c_but_not_its_process(tmp_path: Path) -> None:
         ports.append(process.stdout.readline().strip())
         assert len(server_on(ports[-1])) == 1
         os.killpg(process.pid, end)
-        rest, _ = process.communicate(timeout=60)
+        rest, _ = process.communicate(timeout=120)
         # the whole group was interrupted, as by Ctrl-C, and the server still answered
         assert rest.strip() == ("None" if end == signal.SIGINT else "")
-    time.sleep(0.5)
-    assert [server_on(port) for port in ports] == [[], []]
+    deadline = time.monotonic() + 60
+    while any(map(server_on, ports)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -169,12 +169,12 @@ from pathlib import Path
 import numpy
 from training.sample_order import kept
 
-cache, log = map(Path, sys.argv[1:])
+cache, log = map(Path, sys.argv[1:3])
 
 def slow_arrays():
     with log.open("a") as file:
         file.write(f"{os.getpid()}\\n")
-    time.sleep(0.5)
+    time.sleep(float(sys.argv[3]))
     return {"numbers": numpy.arange(5)}
 
 assert kept(cache, "test", ["content"], slow_arrays)["numbers"].tolist() == [0, 1, 2, 3, 4]
@@ -184,12 +184,12 @@ assert kept(cache, "test", ["content"], slow_arrays)["numbers"].tolist() == [0, 
 def test_one_process_builds_and_a_killed_one_leaves_no_half(tmp_path):
     cache, log = tmp_path / "cache", tmp_path / "log"
     command = [sys.executable, "-W", "ignore", "-c", FIND_OR_BUILD, str(cache), str(log)]
-    killed = subprocess.Popen(command)
+    killed = subprocess.Popen([*command, "300"])
     while not log.exists() or not log.read_text():
         time.sleep(0.01)
     killed.kill()
     killed.wait()
     assert not list(cache.iterdir())
-    processes = [subprocess.Popen(command) for _ in range(2)]
+    processes = [subprocess.Popen([*command, "0.5"]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
     assert len(log.read_text().split()) == 2  # the killed one and one of the two
