@@ -4,7 +4,6 @@ One whose writing was interrupted is gone on with, from the files that were fini
 """
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bridge.errors import InputError, StoppedError
+from bridge.folder_lock import lock_of
 from bridge.sizes import readable_size
 
 SUFFIX = ".bridgeworks.partial"  # of a folder that is ours to empty: nobody else gives this name
@@ -173,27 +173,8 @@ def _locked(partial: Path, destination: Path) -> int:
             partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{partial} cannot be made: {error.strerror}: give another folder") from error
-        descriptor = _lock_of(partial)
-        if descriptor is not None:
-            return descriptor
-
-
-def _lock_of(folder: Path) -> int | None:
-    """Return a descriptor that holds the folder's lock, None if the folder has gone in the meantime."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise InputError(f"{folder} is being written by another process: wait for it") from error
-    # The lock is the folder's, whatever it is called: who had it may have given the folder its final name.
-    if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
-        return descriptor
-    os.close(descriptor)
-    return None
+        with suppress(FileNotFoundError):  # the other process has just ended, or given the folder its name
+            return lock_of(partial, "is being written by another process: wait for it")
 
 
 def _give_name(partial: Path, destination: Path) -> None:

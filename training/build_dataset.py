@@ -24,12 +24,12 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bridge.errors import BridgeworksError, CheckpointError, InputError
+from bridge.folder_lock import locked
 from bridge.job import die_with_parent, write_json
 from training.corpus import Corpus, TextFile
 from training.dataset_record import FORMAT, record_path, tokenizer_files
 from training.indexed_files import token_dtype
 from training.indexed_writer import SPLITS, Merged, check_split, merge
-from training.locked import locked
 from training.shards import PARTIAL, Settings, read_shard, tokenise
 from training.slices import SLICE_BYTES, Slice, cut, file_digest, keyed
 

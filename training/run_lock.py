@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from bridge.agreement import answer_of_first_rank
-from training.locked import locked
+from bridge.folder_lock import locked
 
 REFUSAL = "gets the checkpoints of another run: wait for that one, stop it, or give another checkpoint.save"
 # seconds in which the forks of a killed run end, which share its lock

@@ -22,8 +22,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
+from bridge.folder_lock import locked
 from training.blend import Part
-from training.locked import locked
 
 PARTIAL = ".partial"
 Arrays = dict[str, NDArray]

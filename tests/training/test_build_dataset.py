@@ -17,11 +17,11 @@ from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from bridge.errors import CheckpointError, ConfigError, InputError
+from bridge.folder_lock import locked
 from training import shards
 from training.benchmark_data import plain_build
 from training.build_dataset import Options, build_dataset
 from training.corpus import Corpus
-from training.locked import locked
 
 SPLIT = Options(split=[0.8, 0.1, 0.1])
 FILES = [f"{split}.{kind}" for split in ("train", "valid", "test") for kind in ("bin", "idx")]

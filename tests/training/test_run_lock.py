@@ -16,7 +16,7 @@ from training.run_lock import sole_run
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from training.locked import locked
+from bridge.folder_lock import locked
 Path(sys.argv[1]).mkdir()
 with locked(Path(sys.argv[1])):
     if os.fork() == 0:
