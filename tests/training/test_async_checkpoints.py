@@ -43,7 +43,12 @@ class Training:
         self.folder, self.output, self.metrics = folder, folder / "run", folder / "metrics.jsonl"
         self.report = folder / "report.json"
         self.job = folder / "job.json"
-        settings = {"config": config.to_dict(), "load": str(load), "output": str(self.output)}
+        settings = {
+            "config": config.to_dict(),
+            "load": str(load),
+            "output": str(self.output),
+            "wait_at": None,
+        }
         self.job.write_text(
             json.dumps({**settings, "metrics": str(self.metrics), "report": str(self.report)})
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_hf_checkpoint
-from process_groups import run_ranks
+from process_groups import TESTS, run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridge.errors import ConfigError
@@ -74,6 +74,15 @@ EXACT = {
     "mixed_precision.bf16": True,
 }
 
+LONGEST = 240  # seconds, to end a hang
+ENVIRONMENT = {
+    # the tree before the tests, whose folder bridge would hide the package
+    "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONWARNINGS": "ignore",
+    # torchrun would kill ranks that have not saved within half a minute
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(LONGEST),
+}
 
 EVALUATION = {"seq_length": 32, "num_batches": 15}
 
@@ -239,24 +248,25 @@ def test_datasets_are_left_as_they_were(runs, dataset):
     assert sorted(path.name for path in dataset.iterdir()) == sorted(["dataset.json", *files])
 
 
-def start(folder: Path, job: Path) -> subprocess.Popen:
+def start(folder: Path, job: Path, hold: str | None = None, wait_at: int | None = None) -> subprocess.Popen:
+    job.write_text(json.dumps({**json.loads(job.read_text()), "hold": hold, "wait_at": wait_at}))
     return subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *("-m", "bridge.job", "training.pretrain", str(job)),
+            *("-m", "bridge.job", "training_jobs.held", str(job)),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, **ENVIRONMENT},
         stdout=(folder / "log.txt").open("ab"),
         stderr=subprocess.STDOUT,
     )
 
 
 def wait_until(condition, process: subprocess.Popen, folder: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + LONGEST
     while not condition():
         assert process.poll() is None, (folder / "log.txt").read_text()[-3000:]
         assert time.monotonic() < deadline
-        time.sleep(0.003)
+        time.sleep(0.01)
 
 
 def test_stopped_and_killed_run_ends_like_one_that_was_not(runs, tiny_config, imported, folder):
@@ -267,24 +277,25 @@ def test_stopped_and_killed_run_ends_like_one_that_was_not(runs, tiny_config, im
     settings = {"config": config.to_dict(), "load": str(imported), "output": str(output)}
     job.write_text(json.dumps({**settings, "metrics": str(metrics), "report": str(report)}))
 
-    process = start(folder, job)
-    wait_until(lambda: len(read_metrics(metrics)) >= 2, process, folder)
+    # in the third iteration, of four micro-batches
+    process = start(folder, job, wait_at=9)
+    wait_until(lambda: len(read_metrics(metrics)) == 2, process, folder)
     process.send_signal(signal.SIGTERM)
-    process.wait(60)
+    process.wait(LONGEST)
     stopped = json.loads(report.read_text())
     assert stopped["stopped"]
-    assert 2 <= stopped["iteration"] < 30
-    assert [path.name for path in complete_checkpoints(output)][-1] == f"iter_{stopped['iteration']:07d}"
+    assert stopped["iteration"] == 3
+    assert [path.name for path in complete_checkpoints(output)] == ["iter_0000003"]
 
-    process = start(folder, job)
-    wait_until(lambda: list(output.glob("iter_*.partial/*.distcp")), process, folder)
+    # while both ranks write
+    process = start(folder, job, hold="iter_0000016")
+    wait_until(lambda: len(list(output.glob("iter_0000016.*.partial/*.distcp"))) >= 2, process, folder)
     process.kill()
-    process.wait(60)
-    killed_at = complete_checkpoints(output)[-1].name
-    time.sleep(0.5)  # ranks die with their agent
-    assert complete_checkpoints(output)[-1].name == killed_at
+    process.wait(LONGEST)
+    # ranks die with their agent, and writers with their rank: a new run waits for their lock
+    assert complete_checkpoints(output)[-1].name == "iter_0000008"
 
-    assert start(folder, job).wait(120) == 0, (folder / "log.txt").read_text()[-3000:]
+    assert start(folder, job).wait(LONGEST) == 0, (folder / "log.txt").read_text()[-3000:]
     assert not list(output.glob("*.partial"))
     for key in ("loss", "grad_norm", "validation_loss", "learning_rate"):
         assert curve(folder, "killed", key) == curve(folder, "exact", key), key
