@@ -46,8 +46,8 @@ def export_checkpoint(
     Face folder whose config and tokenizer are used instead of the checkpoint's own; a checkpoint of plain
     Megatron-LM, which has none, needs it, or the `family` (model_type) whose config its arguments fill.
     `progress(done, total)` is called with bytes. Anything wrong with the source or the destination is an
-    InputError, and nothing new is left behind; a conversion that was killed or stopped goes on from its finished
-    files.
+    InputError, and nothing new is left behind; a conversion that was killed or stopped goes on from its
+    finished files.
     """
     began = time.monotonic()
     check_workers(workers)

@@ -109,7 +109,7 @@ class HfView:
         if self.tensors[name].computed:
             yield from self._read_computed(name, first, count)
             return
-        checks = self._checks if name in self.plan.hf_shapes else None  # not for the copy of another one
+        checks = self._checks_of(name)
         for block in self.tensors[name].blocks:
             begin, end = max(first, block.hf_row), min(first + count, block.hf_row + block.rows)
             if begin < end:
@@ -117,13 +117,18 @@ class HfView:
                 rows = self._rows[block.key, block.lead]
                 yield from read_rows(rows, row, end - begin, self._files, self._buffer.view, checks)
 
+    def _checks_of(self, name: str) -> ItemChecks | None:
+        """Of what is read once and by whole rows: not the copy of another tensor, not a transposed one."""
+        checked = name in self.plan.hf_shapes and not self.tensors[name].transposed
+        return self._checks if checked else None
+
     def _read_computed(self, name: str, first: int, count: int) -> Iterator[memoryview]:
         from bridge.hf_rows import bytes_of  # torch, only where bytes are not enough
         from bridge.megatron_boxes import RowAssembler
 
         tensor = self.tensors[name]
         parts = [(block, self._rows[block.key, block.lead]) for block in tensor.blocks]
-        assembler = RowAssembler(name, tensor.dtype, self._files)
+        assembler = RowAssembler(name, tensor.dtype, self._files, self._checks_of(name))
         step = max(1, self.part_size // self._row_cost(tensor))
         width = tensor.row_size // ITEM_SIZES[tensor.dtype]
         height = tensor.shape[-2] if tensor.transposed else tensor.num_rows

@@ -39,8 +39,8 @@ def import_checkpoint(
 
     Quantised weights become what they stand for. `dtype` casts every weight, but for those that Megatron
     keeps in float32. `progress(done, total)` is called with bytes. Anything wrong with the source or the
-    destination is an InputError, and nothing new is left behind; a conversion that was killed or stopped goes on
-    from its finished files.
+    destination is an InputError, and nothing new is left behind; a conversion that was killed or stopped goes
+    on from its finished files.
     """
     began = time.monotonic()
     check_workers(workers)

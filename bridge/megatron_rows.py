@@ -4,6 +4,7 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,29 +144,31 @@ def read_rows(
     """Yield the bytes of rows [first, first + count) in order; each view is valid until the next.
 
     With `checks`, to which each row may go once, items that are read to their last row are held against the
-    CRC-32 that is stored with them, but for those whose rows are cut into columns.
+    CRC-32 that is stored with them.
     """
     for band in rows.bands:
         begin, end = max(first, band.row), min(first + count, band.row + band.num_rows)
+        crcs = [0] * len(band.tiles) if checks else []
         if begin < end and len(band.tiles) > 1:
-            yield from _read_tiled(rows.row_size, band.tiles, begin - band.row, end - begin, files, buffer)
+            skip = begin - band.row
+            yield from _read_tiled(rows.row_size, band.tiles, skip, end - begin, files, buffer, crcs)
         elif begin < end:
-            views, crc = (
-                _read_whole(rows.row_size, band.tiles[0], begin - band.row, end - begin, files, buffer),
-                0,
-            )
-            for view in views:
-                crc = crc32(view, crc) if checks else 0
+            tile = band.tiles[0]
+            for view in _read_whole(rows.row_size, tile, begin - band.row, end - begin, files, buffer):
+                if crcs:
+                    crcs[0] = crc32(view, crcs[0])
                 yield view
-            if checks and band.tiles[0].crc is not None:
-                checks.add(_part(rows, band, begin, end), crc)
+        if checks and begin < end:
+            for tile, crc in zip(band.tiles, crcs, strict=True):
+                check_rows(checks, rows.key, band, tile, range(begin, end), crc)
 
 
-def _part(rows: Rows, band: Band, begin: int, end: int) -> Part:
-    """Describe rows [begin, end) of a band of one tile as a part of its item."""
-    tile, size = band.tiles[0], rows.row_size
-    item = f"{tile.file}, {rows.key!r} at byte {tile.offset}"
-    return Part(item, band.num_rows * size, tile.crc or 0, (begin - band.row) * size, (end - begin) * size)
+def check_rows(checks: ItemChecks, key: str, band: Band, tile: Tile, rows: range, crc: int) -> None:
+    """Add what was read of a tile, all of some rows, to the checks of its item, if that has a CRC-32."""
+    if tile.crc is not None:
+        item, size = f"{tile.file}, {key!r} at byte {tile.offset}", tile.width
+        begin = (rows.start - band.row) * size
+        checks.add(Part(item, band.num_rows * size, tile.crc, begin, len(rows) * size), crc)
 
 
 def _read_whole(
@@ -180,17 +183,32 @@ def _read_whole(
             yield view
 
 
+def _continued(crc: int, view: memoryview) -> int:
+    return crc32(view, crc)
+
+
 def _read_tiled(
-    row_size: int, tiles: list[Tile], skip: int, count: int, files: OpenFiles, buffer: memoryview
+    row_size: int,
+    tiles: list[Tile],
+    skip: int,
+    count: int,
+    files: OpenFiles,
+    buffer: memoryview,
+    crcs: list[int],
 ) -> Iterator[memoryview]:
-    """Read each tile's rows straight to their places between those of the other tiles."""
+    """Read each tile's rows straight to their places between those of the other tiles.
+
+    `crcs`, unless it is empty, has the CRC-32 of what was read of each.
+    """
     step = min(count, max(1, len(buffer) // row_size))
     if row_size > len(buffer):
         buffer = memoryview(bytearray(row_size))
     places = [[buffer[r * row_size + t.column :][: t.width] for r in range(step)] for t in tiles]
     for row in range(skip, skip + count, step):
         num_rows = min(step, skip + count - row)
-        for tile, views in zip(tiles, places, strict=True):
+        for number, (tile, views) in enumerate(zip(tiles, places, strict=True)):
             with files.opened(tile.file) as descriptor:
                 read_into(descriptor, views[:num_rows], tile.offset + row * tile.width)
+            if crcs:
+                crcs[number] = reduce(_continued, views[:num_rows], crcs[number])
         yield buffer[: num_rows * row_size]

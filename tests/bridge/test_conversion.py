@@ -53,6 +53,21 @@ def test_round_trip_is_bitwise(
 
 
 @pytest.mark.parametrize("family", families())
+def test_an_export_can_cast_every_weight(
+    family: str, megatron_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """What torch reads is held against the stored CRC-32 as well: each byte must be read once."""
+    source = megatron_checkpoint(family)
+    plain = hf_tensors(export_checkpoint(source, tmp_path / "plain").path)
+    dtype = "float16" if any(tensor.dtype == torch.float32 for tensor in plain.values()) else "float32"
+    cast = hf_tensors(export_checkpoint(source, tmp_path / "cast", dtype=dtype).path)
+    assert plain.keys() == cast.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(tensor.to(cast[name].dtype), cast[name]), name
+    assert {tensor.dtype for tensor in cast.values()} >= {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("family", families())
 def test_transformers_loads_the_export(
     family: str, megatron_checkpoint: Checkpoints, hf_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:

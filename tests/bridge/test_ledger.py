@@ -13,7 +13,7 @@ from bridge.exporter import export_checkpoint
 from bridge.family_checks import families_with
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.ledger import DIFFERENT, EQUAL, ONLY_A, ONLY_B, compare_ledgers, ledger
-from bridge.torch_dist.metadata import read_metadata
+from bridge.torch_dist.metadata import Chunk, read_metadata
 
 Checkpoints = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -102,18 +102,46 @@ def test_names_what_one_end_lacks(hf_checkpoint: Checkpoints) -> None:
     assert not compare_ledgers(tied, untied).passed
 
 
+def export(folder: Path) -> None:
+    export_checkpoint(folder, folder.parent / "hf")
+
+
+def export_cast(folder: Path) -> None:
+    export_checkpoint(folder, folder.parent / "hf", dtype="float32")
+
+
+def flip_a_bit(checkpoint: Path, chunk: Chunk) -> Path:
+    """Flip one in the middle of a stored chunk; return its file."""
+    file = checkpoint / chunk.place.file
+    data = bytearray(file.read_bytes())
+    data[chunk.place.start + chunk.place.length // 2] ^= 1
+    file.write_bytes(data)
+    return file
+
+
+@pytest.mark.parametrize("read", [ledger, export, export_cast])
+@pytest.mark.parametrize("cut", ["rows", "columns"])
+def test_a_bit_that_flipped_in_a_file_of_training_is_found(
+    cut: str, read: Callable[[Path], object], training_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(training_run, tmp_path / "run")
+    source = next(run.glob("iter_*"))
+    key = "mlp.linear_fc1" if cut == "rows" else "mlp.linear_fc2"
+    file = flip_a_bit(source, read_metadata(source).tensors[f"decoder.layers.{key}.weight"].chunks[2])
+    with pytest.raises(CheckpointError, match=rf"{file.name}, 'decoder.layers.{key}.weight' .* CRC-32"):
+        read(run)
+    assert not (tmp_path / "hf").exists()
+
+
 @pytest.mark.parametrize("key", ["mlp.linear_fc2", "self_attention.linear_qkv", "mlp.linear_fc1"])
-@pytest.mark.parametrize("read", [ledger, lambda folder: export_checkpoint(folder, folder.parent / "hf")])
+@pytest.mark.parametrize("read", [ledger, export, export_cast])
 def test_a_bit_that_flipped_in_a_file_is_found(
     key: str, read: Callable[[Path], object], megatron_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     """By the CRC-32 of its item, whether that holds one tensor or rows of three in turn."""
     source = copy_checkpoint(megatron_checkpoint("llama"), tmp_path / "megatron")
     chunk = read_metadata(source).tensors[f"decoder.layers.{key}.weight"].chunks[2]
-    file = source / chunk.place.file
-    data = bytearray(file.read_bytes())
-    data[chunk.place.start + chunk.place.length // 2] ^= 1
-    file.write_bytes(data)
+    file = flip_a_bit(source, chunk)
     with pytest.raises(
         CheckpointError, match=rf"{file.name}, 'decoder.layers.{key}.weight' at byte \d+: .* CRC-32"
     ):
