@@ -34,7 +34,7 @@ def process(log: Path, *command: str, **environment: str) -> Iterator[None]:
     finally:
         os.killpg(started.pid, signal.SIGTERM)
         try:
-            started.wait(20)
+            started.wait(120)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(started.pid, signal.SIGKILL)

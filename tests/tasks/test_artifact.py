@@ -134,6 +134,6 @@ def test_two_processes_build_once(tmp_path) -> None:
     for process in both:
         process.start()
     for process in both:
-        process.join(60)
+        process.join(240)
     assert [process.exitcode for process in both] == [0, 0]
     assert len(list(tmp_path.glob("store/built-by-*"))) == 1

@@ -294,7 +294,9 @@ def test_interrupting_the_caller_ends_its_threads(bucket: str, tmp_path: Path) -
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt):
         fetch_checkpoint(bucket, tmp_path / "checkpoint", on_progress=interrupt)
-    assert threading.active_count() <= before + 1  # fsspec keeps one for its event loop
+    # fsspec keeps one for its event loop, and the server's may still be at their answers
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert not [name for name in left if name.startswith("ThreadPoolExecutor")]

@@ -42,7 +42,7 @@ def read_flow_run(workspace: Path) -> FlowRun:
         return client.read_flow_run(flow_run_id(workspace))
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -56,7 +56,7 @@ def ranks(workspace: Path) -> list[int]:
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -83,7 +83,7 @@ def test_second_run_reuses_and_shows_as_cached(workspace) -> None:
                 run.state.name for run in client.read_task_runs() if run.flow_run_id == second and run.state
             ]
 
-        wait_for(lambda: states() == ["Cached", "Cached"], 20)
+        wait_for(lambda: states() == ["Cached", "Cached"])
         of_first = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[first]))
         kinds = {artifact.key: artifact.type for artifact in client.read_artifacts(artifact_filter=of_first)}
         assert kinds == {"small-files": "table", "small-work": "progress"}
@@ -92,7 +92,7 @@ def test_second_run_reuses_and_shows_as_cached(workspace) -> None:
             logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[first])))
             return any("worked hard" in log.message for log in logs)
 
-        wait_for(logged, 20)
+        wait_for(logged)
 
 
 class Notes:
@@ -138,7 +138,7 @@ def test_cancelling_a_local_run_stops_its_job(workspace) -> None:
     process = start_in_process(workspace, "stubborn")
     with get_client(sync_client=True) as client:
         client.set_flow_run_state(flow_run_id(workspace), Cancelling())
-    process.wait(60)
+    process.wait(240)
     assert not any(map(alive, ranks(workspace)))
     assert read_flow_run(workspace).state.type == StateType.CANCELLED
 
@@ -147,6 +147,6 @@ def test_cancelling_a_local_run_stops_its_job(workspace) -> None:
 def test_a_signal_to_the_flow_leaves_no_rank(workspace, signal_number) -> None:
     process = start_in_process(workspace, "stubborn")
     process.send_signal(signal_number)
-    process.wait(60)
-    wait_for(lambda: not any(map(alive, ranks(workspace))), 10)
+    process.wait(240)
+    wait_for(lambda: not any(map(alive, ranks(workspace))))
     assert not list(workspace.glob("store/work/*/artifact.json"))

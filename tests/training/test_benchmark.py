@@ -7,7 +7,9 @@ import pytest
 
 from bridge.errors import ConfigError
 from training import benchmark
+from training.metrics import read_metrics
 
+LONGEST = 240  # seconds, to end a hang
 SHAPE = "recipes.llama:llama32_1b_pretrain_config"
 TINY = [
     *("--layers", "2", "--seq-length", "32", "--micro-batch-size", "1", "--global-batch-size", "4"),
@@ -23,7 +25,7 @@ def configure(*arguments):
 
 def run(*launcher: str, arguments: list[str]) -> tuple[str, dict]:
     command = [sys.executable, *launcher, "-m", "training.benchmark", SHAPE, *TINY, *arguments]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout, json.loads(finished.stdout.splitlines()[-1])
 
@@ -46,7 +48,10 @@ def profile(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def alone(profile) -> tuple[str, dict]:
     """What a single process prints, and its numbers."""
-    return run(arguments=["--profile", str(profile), "logger.peak_tflops=10"])
+    metrics = profile.with_name("metrics.jsonl")
+    return run(
+        arguments=["--profile", str(profile), "logger.peak_tflops=10", f"logger.metrics_path={metrics}"]
+    )
 
 
 def test_a_single_process_measures_and_profiles(alone, profile):
@@ -57,8 +62,9 @@ def test_a_single_process_measures_and_profiles(alone, profile):
     assert result["peak_share"] == pytest.approx(result["tflops_per_gpu"] / 10)
     parts = [f"{name}_seconds" for name in ("data", "forward", "backward", "optimizer")]
     assert all(result[part] > 0 for part in parts)
-    assert sum(result[part] for part in parts) < 1.5 * result["seconds"]
-    assert 1 < result["seconds_to_first_step"] < 100
+    for line in read_metrics(profile.with_name("metrics.jsonl")):
+        assert sum(line[part] for part in parts) <= line["seconds"]
+    assert 1 < result["seconds_to_first_step"] < LONGEST
     assert {path.name for path in profile.iterdir()} == {"rank0.operations.txt", "rank0.trace.json.gz"}
 
 
