@@ -98,7 +98,10 @@ def build_dataset(
     files = list(corpus.files())
     tokenizer = load_tokenizer(tokenizer_path)
     parts = output.with_name(output.name + PARTS)
-    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error}; name another output") from error
     with locked(parts, "is being built by another process: wait for it"), kept_if_useful(parts):
         settings = _prepare(parts, tokenizer, corpus, options)
         merged, digests = _build(files, corpus, settings, output.name, options, report)
@@ -123,7 +126,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local Hugging Face folder; it must name an end-of-sequence token."""
     if not Path(path).is_dir():
         raise CheckpointError(f"no such tokenizer folder: {path}")
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        found = str(error).partition("\n")[0]
+        raise CheckpointError(f"{path} has no tokenizer that transformers can load: {found}") from error
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"the tokenizer in {path} has no eos_token, which must end every document")
     if not tokenizer.is_fast:

@@ -33,7 +33,7 @@ def pieces_of(file: TextFile, text_format: str | None, slice_bytes: int = SLICE_
         return [Piece(file.path, kind, number, number + 1, share) for number in range(count)]
     if kind == "jsonl" and not codec_suffix(file.path):
         starts = range(0, file.nbytes, slice_bytes)
-        stops = [*starts[1:], file.nbytes]
+        stops = [*starts, file.nbytes][1:]  # none of an empty file
         return [
             Piece(file.path, kind, start, stop, stop - start)
             for start, stop in zip(starts, stops, strict=True)

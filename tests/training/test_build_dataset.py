@@ -185,9 +185,27 @@ def test_nothing_but_blank_texts(source, tmp_path):
         build_dataset(Corpus([str(tmp_path / "a.jsonl")]), str(source), tmp_path / "out")
 
 
+def test_an_empty_file_among_others_has_no_documents(texts, source, tmp_path):
+    build_dataset(texts, str(source), tmp_path / "one")
+    (tmp_path / "empty.jsonl").touch()
+    with_empty = Corpus([str(tmp_path / "empty.jsonl"), *texts.inputs])
+    build_dataset(with_empty, str(source), tmp_path / "two")
+    assert (tmp_path / "one.bin").read_bytes() == (tmp_path / "two.bin").read_bytes()
+    with pytest.raises(InputError, match=r"no documents in .*empty.jsonl"):
+        build_dataset(Corpus([str(tmp_path / "empty.jsonl")]), str(source), tmp_path / "out")
+
+
 def test_no_tokenizer(texts, tmp_path):
     with pytest.raises(CheckpointError, match="no such tokenizer folder"):
         build_dataset(texts, str(tmp_path / "none"), tmp_path / "out", SPLIT)
+    with pytest.raises(CheckpointError, match=r"has no tokenizer that transformers can load: .+"):
+        build_dataset(texts, str(tmp_path), tmp_path / "out", SPLIT)
+
+
+def test_an_output_that_cannot_be_written(texts, source, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write .*file/out: .*name another output"):
+        build_dataset(texts, str(source), tmp_path / "file" / "out")
 
 
 def test_a_finished_dataset_is_not_written_over(texts, source, tmp_path):
