@@ -70,6 +70,7 @@ def compare(
     given = given_for(a, b, config_from.absolute() if config_from else None, family)
     if "logits" in gates:
         check_sizes((a, b), settings, given)
+    check_places(report, picture)
     with scratch_folder() as folder:
         verdicts = judge(a, b, settings, dtypes, gates, folder, given)
         passed = all(each["passed"] for each in verdicts)
@@ -142,6 +143,20 @@ def check_end(end: Path) -> None:
         HfCheckpoint.open(end)
     elif is_described(end):
         MegatronCheckpoint.open(end)
+
+
+def check_places(report: Path | None, picture: Path | None) -> None:
+    """Refuse places where nothing can be kept, before anything is measured; make their folders."""
+    files = [path for path in (picture, report if report and report.suffix == ".json" else None) if path]
+    for file in files:
+        if file.is_dir():
+            raise InputError(f"{file} is a folder: name a file in it")
+    folders = [file.parent for file in files] + ([report] if report and report not in files else [])
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder} cannot be a folder: {error.strerror}: give another place") from error
 
 
 def check_sizes(ends: tuple[Path, Path], settings: dict[str, Any], given: GivenModel) -> None:

@@ -155,6 +155,21 @@ def test_compare_refuses_a_layout_before_any_process_starts(hf: Path, tmp_path: 
         check_refused(run("compare", hf, tmp_path / "megatron", *option), message)
 
 
+def test_compare_refuses_places_before_anything_is_measured(hf: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.json").mkdir()
+    for option, message in (
+        (("--picture", tmp_path), "is a folder: name a file in it"),
+        (("--report", tmp_path / "folder.json"), "is a folder: name a file in it"),
+        (("--picture", tmp_path / "file" / "p.png"), "cannot be a folder: File exists"),
+        (("--report", tmp_path / "file"), "cannot be a folder: File exists"),
+    ):
+        check_refused(run("compare", hf, hf, *option), message)
+    made = tmp_path / "new" / "report.json"
+    assert run("compare", hf, hf, "--only", "config", "--report", made).returncode == 0
+    assert json.loads(made.read_text())["passed"]
+
+
 def test_compare_says_where_two_ends_part(hf: Path, tmp_path: Path) -> None:
     """Another rope base: every tensor is the same, the first layer is not."""
     other = copy_checkpoint(hf, tmp_path / "other")
