@@ -31,6 +31,7 @@ MODEL = "model.json"
 HF_FOLDER = "hf"
 NUM_PADDING_ROWS = "num_padding_rows"  # the key of model.json that is none of the provider's
 LATEST = "latest_checkpointed_iteration.txt"
+RUN_CHECKPOINTS = "checkpoints"  # where `bridgeworks train` and a release put those of a run
 
 # What training saves beside the model: optimizer, one or several in a chain, and the states of its run.
 TRAINING_STATE = (
@@ -145,6 +146,8 @@ def resolve_checkpoint(path: Path) -> Path:
     if (path / METADATA).is_file():
         return path
     if not (path / LATEST).is_file():
+        if (inner := path / RUN_CHECKPOINTS / LATEST).is_file():
+            raise CheckpointError(f"{path} is a run's folder: give that of its checkpoints, {inner.parent}")
         raise CheckpointError(
             f"{path} has neither {METADATA} nor {LATEST}: give a Megatron checkpoint's folder"
         )

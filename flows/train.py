@@ -2,11 +2,13 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bridge.errors import InputError
+from bridge.folder_lock import locked
 from bridge.pretrained import read_model, resolve_pretrained
 from flows.console import Progress, person_watches, print_json, print_table, progress
 from flows.layouts import ranks_in_words, with_ranks
@@ -20,11 +22,12 @@ from tasks.spec import ParallelSpec
 from tasks.train import config_for
 from training.blend import check_files, with_absolute_paths
 from training.config import ConfigContainer
-from training.config_paths import make_paths_absolute
+from training.config_paths import check_written, make_paths_absolute
 from training.metrics import read_metrics
 from training.overrides import apply_overrides
 
 SECONDS_BETWEEN_READS = 1.0
+BUSY = "is the folder of a run that is at work: wait for it, stop it, or give another --output"
 OPTIONS = "--tp, --pp, --cp, --ep, --etp and --dp"
 GIVEN_BY = {
     **{f"model.{name}": f"give parallel sizes by {OPTIONS}" for name in ParallelSpec.model_fields},
@@ -61,9 +64,10 @@ def train(
     check(config, parallel)
     config.dataset = with_absolute_paths(config.dataset)
     make_paths_absolute(config, Path.cwd())
+    check_written(config)
     job = make_job(config, weights, output.absolute())
-    print(f"ranks: {ranks_in_words(with_ranks(parallel))}", file=sys.stderr)
-    with noting_stops(grace) as stop:
+    with sole_launcher(output.absolute()), noting_stops(grace) as stop:
+        print(f"ranks: {ranks_in_words(with_ranks(parallel))}", file=sys.stderr)
         report = run(job, output.absolute(), parallel.num_processes, max_restarts, stop, not as_json)
     show(job, report, parallel, as_json)
 
@@ -116,6 +120,17 @@ def check_dataset(config: ConfigContainer) -> None:
         return
     splits = ["train"] if config.train.eval_interval is None else ["train", "valid"]
     check_files(data, splits, config.model.seq_length, config.model.vocab_size)
+
+
+@contextmanager
+def sole_launcher(folder: Path) -> Iterator[None]:
+    """Make the run's folder and keep other launchers off it: each writes its own list of attempts."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error}; give another --output") from error
+    with locked(folder, BUSY):
+        yield
 
 
 def make_job(config: ConfigContainer, load: Path | None, output: Path) -> dict[str, Any]:

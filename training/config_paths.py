@@ -1,5 +1,6 @@
 """The places that a config names: a job runs in a folder of its own, where a relative path is another one."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
 PATHS = (
     *("checkpoint.load", "checkpoint.export_hf", "logger.tensorboard_dir", "profiling.output"),
     "tokenizer.tokenizer_model",
+)
+WRITTEN = (
+    *("checkpoint.export_hf", "logger.tensorboard_dir", "profiling.output"),
+    "dataset.path_to_cache",
 )
 ADDRESSES = ("logger.tensorboard_dir",)  # TensorBoard writes to them itself
 
@@ -36,3 +41,17 @@ def make_paths_absolute(config: "ConfigContainer", folder: Path) -> None:
 def anchored(path: str, folder: Path) -> str:
     """Return a relative path as one below `folder`; an address stays as it is."""
     return path if "://" in path else str(folder / Path(path).expanduser())
+
+
+def check_written(config: "ConfigContainer") -> None:
+    """Refuse places that a run writes to, absolute ones, where this machine can make no folder."""
+    for name in WRITTEN:
+        section, _, field = name.partition(".")
+        value = getattr(getattr(config, section), field)
+        if not value or "://" in value:
+            continue
+        found = next(each for each in (Path(value), *Path(value).parents) if each.exists())
+        if not (found.is_dir() and os.access(found, os.W_OK)):
+            raise ConfigError(
+                f"{name} is {value}, but {found} is no folder that can be written to: give another"
+            )

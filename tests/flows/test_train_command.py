@@ -11,9 +11,10 @@ import pytest
 from checkpoints import make_hf_checkpoint
 from small_release import PROGRAM, run
 
-from bridge.errors import InputError
+from bridge.errors import CheckpointError, InputError
+from bridge.folder_lock import locked
 from bridge.job import EXIT_STOPPED
-from flows.train import make_config, parallel_of
+from flows.train import make_config, parallel_of, weights_of
 from recipes.llama import llama32_1b_pretrain_config
 from tasks.spec import ParallelSpec
 from tasks.train import config_for
@@ -153,6 +154,29 @@ def test_settings_that_options_decide(setting: str, message: str) -> None:
         make_config("llama32_1b_pretrain_config", None, ParallelSpec(), [setting])
 
 
+@pytest.mark.parametrize("options", [(), ("--set", "logger.tensorboard_dir=file/curves")])
+def test_places_that_cannot_be_written_are_one_line(
+    experts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    result = train(experts, tmp_path / "run" if options else tmp_path / "file/run", *options)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert f"{tmp_path}/file" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_launcher_in_a_folder_touches_nothing(experts: Path, tmp_path: Path) -> None:
+    """Each keeps its own list of attempts, and would write over the other's."""
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        result = train(experts, tmp_path / "run")
+    assert result.returncode == 2
+    assert f"{tmp_path}/run is the folder of a run that is at work" in result.stderr
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_text_that_is_named_twice(experts: Path, tmp_path: Path) -> None:
     twice = ("--dataset", tmp_path / "a", "--set", f'dataset.blend=["{tmp_path}/b"]')
     result = train(experts, tmp_path / "run", *twice)
@@ -184,6 +208,14 @@ def test_a_recipe_without_a_model_asks_for_one(tmp_path: Path) -> None:
     result = run("train", "continued_pretrain_config", "--output", tmp_path / "run")
     assert result.returncode == 2
     assert "name its folder with --load" in result.stderr
+
+
+def test_the_folder_of_a_run_is_answered_by_that_of_its_checkpoints(tmp_path: Path) -> None:
+    latest = tmp_path / "old/checkpoints/latest_checkpointed_iteration.txt"
+    latest.parent.mkdir(parents=True)
+    latest.write_text("3")
+    with pytest.raises(CheckpointError, match=rf"a run's folder: give .*, {latest.parent}$"):
+        weights_of(tmp_path / "old")
 
 
 def test_a_name_on_the_hub_is_no_folder(tmp_path: Path) -> None:

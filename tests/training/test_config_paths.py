@@ -6,7 +6,7 @@ import pytest
 
 from bridge.errors import ConfigError
 from training.config import ConfigContainer
-from training.config_paths import check_paths, make_paths_absolute
+from training.config_paths import check_paths, check_written, make_paths_absolute
 from training.overrides import apply_overrides
 
 
@@ -35,3 +35,13 @@ def test_addresses_are_no_folders(name: str) -> None:
     check_paths(config)
     with pytest.raises(ConfigError, match=f"{name} is s3://bucket/x, an address: give a folder"):
         check_paths(apply_overrides(config, {name: "s3://bucket/x"}))
+
+
+def test_a_place_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    address, new = {"logger.tensorboard_dir": "s3://bucket/x"}, {"checkpoint.export_hf": f"{tmp_path}/a/b"}
+    check_written(apply_overrides(ConfigContainer(), address | new))
+    assert not (tmp_path / "a").exists()
+    for name in ("dataset.path_to_cache", "profiling.output"):
+        with pytest.raises(ConfigError, match=rf"{name} is .*/file/x, but .*/file is no folder"):
+            check_written(apply_overrides(ConfigContainer(), {name: f"{tmp_path}/file/x"}))
