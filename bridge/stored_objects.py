@@ -12,6 +12,7 @@ import torch
 
 from bridge.dtypes import FROM_STORAGE
 from bridge.errors import CheckpointError
+from bridge.torch_dist.items import DAMAGED
 from bridge.torch_dist.restricted_pickle import Globals, read_pickle
 
 
@@ -20,7 +21,7 @@ def read_object(data: bytes, source: str) -> Any:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return read_pickle(*_parts(archive, len(data), source), source)
-    except (zipfile.BadZipFile, KeyError, OSError, NotImplementedError, RuntimeError) as error:
+    except DAMAGED as error:
         raise CheckpointError(f"{source} is damaged: {error}") from error
 
 

@@ -28,6 +28,16 @@ LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")
 END_OF_DIRECTORY = struct.Struct("<4s4H2IH")
 ZIP_VERSION, UTF8_NAMES = 20, 0x800
+# What zipfile raises where bytes are not those of an archive.
+DAMAGED = (
+    zipfile.BadZipFile,
+    KeyError,
+    OSError,
+    struct.error,
+    NotImplementedError,
+    RuntimeError,
+    UnicodeDecodeError,
+)
 PADDING_FIELD = b"FB"  # the extra field that torch pads payloads with
 
 
@@ -166,7 +176,7 @@ def locate_payload(fd: int, start: int, length: int, shape: tuple[int, ...], sou
     try:
         with zipfile.ZipFile(io.BufferedReader(_FileRange(fd, start, length), 4096)) as archive:
             return _locate(archive, fd, start, length, shape, source)
-    except (zipfile.BadZipFile, KeyError, OSError, struct.error, NotImplementedError, RuntimeError) as error:
+    except DAMAGED as error:
         raise CheckpointError(f"{source}: the item at byte {start} is damaged: {error}") from error
 
 

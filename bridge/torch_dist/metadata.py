@@ -170,8 +170,9 @@ def _read_metadata_object(found: Any, skip: Callable[[str], bool]) -> TorchDistM
     for key, described in found.state_dict_metadata.items():
         if described.type_name == "TensorStorageMetadata" and not skip(key):
             dtype = described.properties.state[0].removeprefix("torch.")
-            metadata.tensors[key] = StoredTensor(dtype, described.size)
-            boxes[key] = {chunk.offsets: chunk.sizes for chunk in described.chunks}
+            rank = len(described.size)
+            metadata.tensors[key] = StoredTensor(dtype, _sized(described.size, rank))
+            boxes[key] = {_sized(c.offsets, rank): _sized(c.sizes, rank) for c in described.chunks}
     for index, info in found.storage_data.items():
         key, place = index.fqn, _read_place(info)
         if key in boxes:
@@ -182,6 +183,12 @@ def _read_metadata_object(found: Any, skip: Callable[[str], bool]) -> TorchDistM
     if unplaced := [key for key, left in boxes.items() if left]:
         raise ValueError(f"a chunk of {unplaced[0]!r} has no file")
     return metadata
+
+
+def _sized(found: Any, rank: int) -> tuple[int, ...]:
+    if not isinstance(found, tuple) or len(found) != rank or not all(type(each) is int for each in found):
+        raise ValueError(f"{found} is no size of {rank} axes")
+    return found
 
 
 def _read_place(info: Any) -> Place:

@@ -110,6 +110,11 @@ def set_place(**values: int) -> Callable[[TorchDistMetadata], None]:
     return edit
 
 
+def drop_axis(metadata: TorchDistMetadata) -> None:
+    chunks = metadata.tensors[FC1].chunks
+    chunks[0] = chunks[0]._replace(sizes=chunks[0].sizes[1:])
+
+
 def set_stored(key: str, **values: object) -> Callable[[TorchDistMetadata], None]:
     return lambda metadata: metadata.tensors[key].__dict__.update(values)
 
@@ -138,6 +143,7 @@ BAD_METADATA: dict[str, tuple[Callable[[TorchDistMetadata], object], type[Except
     "integers": (set_stored(FINAL, dtype="int32"), CoverageError, "dtype int32"),
     "chunk missing": (drop_chunk, CheckpointError, "chunks of .*linear_fc1"),
     "chunks overlap": (repeat_chunk, CheckpointError, "overlap or leave a gap"),
+    "chunk of fewer axes": (drop_axis, CheckpointError, "is malformed: .* is no size of 3 axes"),
     "chunk outside": (move_chunk, CheckpointError, "does not fit"),
     "file outside its folder": (set_file("../x.distcp"), CheckpointError, "only files of its own folder"),
     "file missing": (set_file("ghost.distcp"), CheckpointError, "does not exist"),

@@ -86,6 +86,7 @@ def with_entry(content: bytes, name: str, data: bytes, compression: int = zipfil
 
 
 GOOD = saved(torch.zeros(4, 6))
+OURS = TensorItem((4, 6), "float32", 0).head(0) + bytes(96) + TensorItem((4, 6), "float32", 0).tail(0)
 BAD_ITEMS = {
     "no archive": (b"nothing" * 20, "damaged"),
     "empty": (b"", "damaged"),
@@ -99,6 +100,7 @@ BAD_ITEMS = {
     "long description": (with_entry(GOOD, "byteorder", bytes(2 << 20)), "no plain tensor"),
     "compressed": (with_entry(GOOD, "none", b"", zipfile.ZIP_DEFLATED), "compressed or too short"),
     "short payload": (with_entry(GOOD, "data/0", bytes(90)), "compressed or too short"),
+    "name of no text": (b"\xaf".join(OURS.rsplit(b"/", 1)), "damaged"),
     "no payload": (with_entry(GOOD, "data/0", b"").replace(b"data/0", b"data/9"), "damaged"),
 }
 
