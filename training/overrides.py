@@ -16,6 +16,8 @@ from training.precision import mixed_precision
 
 RECIPE = "mixed_precision"
 ALIKE = 0.65  # of two fields' letters: "max_steps" is not alike "max_skipped", "seqlen" is "seq_length"
+SHORT = 4  # letters
+LISTED = 30  # settings of a section that are named where none is alike
 
 
 def apply_overrides(config: ConfigContainer, overrides: Mapping[str, Any] | Iterable[str]) -> ConfigContainer:
@@ -66,16 +68,30 @@ def _split(assignment: str) -> tuple[str, _Written]:
 
 
 def _field(config: ConfigContainer, name: str) -> tuple[Any, str]:
-    names = override_names(config)
-    if name not in names:
-        nearest = max(names, key=lambda known: _likeness(known, name))
-        sections = ", ".join(field.name for field in dataclasses.fields(config))
-        # a short field, such as lr, is alike only together with its section
-        alike = max(_likeness(nearest, name)[0], _ratio(nearest, name)) >= ALIKE
-        hint = f"did you mean {nearest!r}?" if alike else f"give section.field, of the sections {sections}"
-        raise ConfigError(f"no setting is called {name!r}: {hint}")
     section, _, field = name.partition(".")
+    if name not in (names := override_names(config)):
+        raise ConfigError(f"no setting is called {name!r}: {_hint(names, name)}")
     return getattr(config, section), field
+
+
+def _hint(names: list[str], name: str) -> str:
+    """Say which setting was meant, at best one of the section that was given, or what there is."""
+    section = name.partition(".")[0]
+    own = [known for known in names if known.startswith(f"{section}.")]
+    for some in filter(None, (own, names)):
+        nearest = max(some, key=lambda known: _likeness(known, name))
+        if _is_alike(nearest, name):
+            return f"did you mean {nearest!r}?"
+    if 0 < len(own) <= LISTED:
+        return f"{section} has {', '.join(known.partition('.')[2] for known in own)}"
+    sections = dict.fromkeys(known.partition(".")[0] for known in names if "." in known)
+    return f"give section.field, of the sections {', '.join(sections)}"
+
+
+def _is_alike(known: str, name: str) -> bool:
+    """Compare the fields, and short ones such as lr together with their section."""
+    is_short = len(known.rpartition(".")[2]) < SHORT
+    return max(_likeness(known, name)[0], _ratio(known, name) * is_short) >= ALIKE
 
 
 def _likeness(known: str, name: str) -> tuple[float, float]:
