@@ -22,6 +22,7 @@ from tasks.spec import ParallelSpec
 from tasks.train import config_for
 from training.blend import check_files, with_absolute_paths
 from training.config import ConfigContainer
+from training.config_checks import check_shapes
 from training.config_paths import check_written, make_paths_absolute
 from training.metrics import read_metrics
 from training.overrides import apply_overrides
@@ -97,7 +98,10 @@ def make_config(
         if advice := GIVEN_BY.get(change.partition("=")[0].strip()):
             raise InputError(f"{change}: {advice}")
     if load:
-        return apply_overrides(config_for(recipe, parallel, read_model(load)), changes)
+        loaded = read_model(load)
+        config = apply_overrides(config_for(recipe, parallel, loaded), changes)
+        check_shapes(config.model, loaded)
+        return config
     config = recipe_named(recipe)()
     if not config.model.num_layers:
         raise InputError(f"{recipe} trains a model that is there: name its folder with --load")

@@ -15,6 +15,7 @@ from tasks.restart import run_with_restarts
 from tasks.spec import ParallelSpec, ReleaseSpec, TrainSpec
 from tasks.step import Artifacts, Step, StepContext
 from training.config import ConfigContainer
+from training.config_checks import check_shapes
 from training.overrides import apply_overrides
 from training.run_settings import FUSIONS
 
@@ -93,6 +94,7 @@ def config(spec: ReleaseSpec, artifacts: Artifacts) -> dict[str, Any]:
 def resolved_config(train: TrainSpec, model: GPTModelProvider) -> ConfigContainer:
     """Return the recipe's config for `model` with the changes of `train`; what cannot be is a ConfigError."""
     config = apply_overrides(config_for(train.recipe, train.parallel, model), train.overrides)
+    check_shapes(config.model, model)
     return config.validate(train.parallel.num_processes)
 
 

@@ -8,9 +8,24 @@ from training import blend
 from training.config_paths import check_paths
 
 if TYPE_CHECKING:
+    from bridge.provider import GPTModelProvider
     from training.config import ConfigContainer, OptimizerConfig
 
 OPTIMIZER_DTYPES = ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+SHAPES = (  # of the tensors that a checkpoint has
+    *(
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+    ),
+    *("vocab_size", "gated_linear_unit", "add_bias_linear", "add_qkv_bias", "qk_layernorm"),
+    *("num_moe_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"),
+    *("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "v_head_dim"),
+    "share_embeddings_and_output_weights",
+)
 
 
 def check(config: "ConfigContainer", num_microbatches: int) -> None:
@@ -200,3 +215,14 @@ def check_resilience(config: "ConfigContainer") -> None:
             "resilience.on_nan skip leaves gradients out that are no numbers, but ddp.check_for_nan_in_grad"
             " ends the job at the first: set one of them to its default"
         )
+
+
+def check_shapes(model: "GPTModelProvider", loaded: "GPTModelProvider") -> None:
+    """Refuse settings by which the weights of `loaded` would not fit into `model`."""
+    for name in SHAPES:
+        given, found = getattr(model, name), getattr(loaded, name)
+        if given != found:
+            raise ConfigError(
+                f"model.{name} is {given}, and {found} in the checkpoint that the weights come from:"
+                " leave it out"
+            )

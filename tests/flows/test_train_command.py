@@ -126,6 +126,7 @@ def test_layouts_of_experts_train_alike(experts: Path, tmp_path: Path) -> None:
         (("--cp", 3), "model.seq_length 16 cannot be shared out with context_parallel_size 3"),
         (("--dp", 3), "train.global_batch_size 4 is not divisible by micro_batch_size x data_parallel_size"),
         (("--cp", 65), "--cp"),
+        (("--set", "model.num_layers=4"), "model.num_layers is 4, and 2 in the checkpoint that the weights"),
         (("--set", "model.context_parallel_size=2"), "give parallel sizes by --tp, --pp, --cp, --ep"),
         (("--set", "model.expert_tensor_parallel_size=2"), "give parallel sizes by --tp, --pp, --cp, --ep"),
         (("--set", "mixed_precision=fp16_mixed"), "mixed_precision asks for fp16, which needs a GPU"),
