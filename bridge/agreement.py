@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bridge.errors import BridgeworksError
+from bridge.errors import BridgeworksError, OtherRankError
 
 Answer = TypeVar("Answer")
 
@@ -17,14 +17,14 @@ def is_first_rank() -> bool:
 def on_every_rank(work: Callable[[], Any]) -> None:
     """Do this rank's work; where it is an error on one rank, raise it on all, or the others would wait.
 
-    An error that is none of ours keeps its type on its own rank and is a BridgeworksError on the others.
+    An error that is none of ours keeps its type on its own rank and is an OtherRankError on the others.
     """
     own: Exception | None = None
     try:
         work()
     except Exception as error:
         own = error
-    told = own if own is None or isinstance(own, BridgeworksError) else BridgeworksError(line_of(own))
+    told = own if own is None or isinstance(own, BridgeworksError) else OtherRankError(line_of(own))
     failures = said_by_all(told)
     if own is not None and own is not told:
         raise own
@@ -42,8 +42,7 @@ def answer_of_first_rank(question: Callable[[], Answer]) -> Answer:
     """Return on every rank what `question` says on the first one; a BridgeworksError there is raised on all.
 
     It is not said to be the first rank's: what that one looks at is the same for all. Any other error is the
-    first rank's alone, and the others wait: as a BridgeworksError on them it would be a verdict in the job's
-    report, and the launcher would not start the job again after a failure that may pass.
+    first rank's alone, and ends the job while the others wait.
     """
     told: list[Answer | BridgeworksError | None] = [None]
     if is_first_rank():

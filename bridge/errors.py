@@ -10,6 +10,8 @@
             CoverageError       a tensor is missing, left over or of another shape
             ConfigError         an override, a parallel size or a setting is wrong
 
+    OtherRankError              another rank met an error that is none of these
+
 A message is one line: what was found, what is allowed and what to do. Errors carry the message only, so that
 they can be pickled and cross a process boundary as text.
 """
@@ -53,3 +55,7 @@ class CoverageError(InputError):
 
 class ConfigError(InputError):
     """A setting, an override or a parallel size is wrong."""
+
+
+class OtherRankError(Exception):
+    """Another rank met an error that is none of ours: no verdict, because another start may go well."""

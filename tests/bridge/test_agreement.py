@@ -8,7 +8,8 @@ from process_groups import run_ranks
 
 from bridge import distributed
 from bridge.agreement import answer_of_first_rank, first_of_all, on_every_rank, on_first_rank
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, OtherRankError
+from bridge.job import failure
 
 FOREIGN = "OSError: the disk\nis away"
 
@@ -23,14 +24,13 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     [
         ("ours of one", "ConfigError: rank 1: is wrong", "ConfigError: rank 1: is wrong"),
         ("ours of both", "ConfigError: rank 0: is wrong", "ConfigError: rank 0: is wrong"),
-        ("another's of one", "BridgeworksError: rank 1: OSError: the disk is away", FOREIGN),
+        ("another's of one", "OtherRankError: rank 1: OSError: the disk is away", FOREIGN),
         ("no error", None, None),
         ("ours of the first", "ConfigError: rank 0: is wrong", "ConfigError: rank 0: is wrong"),
-        ("another's of the first", FOREIGN, "BridgeworksError: rank 0: OSError: the disk is away"),
+        ("another's of the first", FOREIGN, "OtherRankError: rank 0: OSError: the disk is away"),
         ("done by the first", [0], []),
         ("answer", [0], [0]),
         ("answer refused", "ConfigError: is wrong", "ConfigError: is wrong"),
-        # told to the second rank, the failure would be a verdict, and the job not started again
         ("answer failed", FOREIGN, "the next answer"),
         ("first of all", "of 0", "of 0"),
         ("only of the second", "of 1", "of 1"),
@@ -39,6 +39,12 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 )
 def test_two_ranks(case: str, first: Any, second: Any, said: dict[str, Any]) -> None:
     assert said[case] == [first, second]
+
+
+def test_what_another_rank_met_is_no_verdict() -> None:
+    """Or the launcher would not start a job again after an error of one rank's disk."""
+    assert failure(ConfigError("is wrong"), 2)["error"]["verdict"]
+    assert not failure(OtherRankError(f"rank 1: {FOREIGN}"), 1)["error"]["verdict"]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from bridge.agreement import (
     said_by_all,
 )
 from bridge.distributed import start_process_group
-from bridge.errors import BridgeworksError, ConfigError
+from bridge.errors import BridgeworksError, ConfigError, OtherRankError
 
 HANGS = 120.0  # seconds, after which a rank that waits for ever ends
 
@@ -61,7 +61,7 @@ def of_both(work: Callable[[], Any]) -> list[Any]:
 def answer_or_line(work: Callable[[], Any]) -> Any:
     try:
         return work()
-    except (BridgeworksError, OSError) as error:
+    except (BridgeworksError, OtherRankError, OSError) as error:
         return f"{type(error).__name__}: {error}"
 
 
