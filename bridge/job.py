@@ -27,14 +27,30 @@ MARK = "BRIDGEWORKS_JOB"
 """The variable that marks the processes of a job that our launcher started."""
 
 
-def die_with_parent(signal_number: int = signal.SIGKILL) -> None:
-    """Ask the kernel to end this process when its parent ends; Linux only, elsewhere without effect."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel to end this process when its parent ends; Linux only, elsewhere without effect.
+
+    A parent that has ended before is known by its process id, where the caller can give it.
+    """
     if sys.platform != "linux":
         return
-    _libc.prctl(PR_SET_PDEATHSIG, int(signal_number), 0, 0, 0)
-    # The agent was gone before the call took effect. One that our launcher did not start may be process 1.
-    if os.getppid() == 1 and "RANK" in os.environ and MARK in os.environ:
+    _libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if parent is not None:
+        is_orphan = os.getppid() != parent
+    else:  # an agent that our launcher did not start may be process 1
+        is_orphan = os.getppid() == 1 and "RANK" in os.environ and MARK in os.environ
+    if is_orphan:
         os._exit(1)
+
+
+def bind_forks() -> None:
+    """Let every fork of this process end with it, and so on: they do not inherit what binds this one."""
+    forking: list[int] = []
+
+    def note() -> None:
+        forking[:] = [os.getpid()]
+
+    os.register_at_fork(before=note, after_in_child=lambda: die_with_parent(*forking))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -86,8 +102,8 @@ def write_whole_lines() -> None:
 def main() -> None:
     die_with_parent()
     write_whole_lines()
-    # forks do not inherit it, and Megatron's checkpoint writers would wait for a killed rank for ever
-    os.register_at_fork(after_in_child=die_with_parent)
+    # Megatron's checkpoint writers would wait for a killed rank for ever
+    bind_forks()
     # It warns that no CUDA runtime is found wherever CUDA_HOME is set, once for each rank.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if len(sys.argv) != 3:

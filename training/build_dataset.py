@@ -209,7 +209,9 @@ def _workers(cores: int, slices: int) -> Iterator[Map]:
         yield map
         return
     # not forked: this process has threads of torch and of the tokenizer
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=die_with_parent)
+    spawn = multiprocessing.get_context("spawn")
+    # one that is importing does not yet end with this process, and would go on with what is queued
+    pool = ProcessPoolExecutor(processes, spawn, initializer=die_with_parent, initargs=(os.getpid(),))
     try:
         yield partial(_in_order, pool, processes * AHEAD)
     except BrokenProcessPool as error:

@@ -256,3 +256,14 @@ def test_ranks_of_the_launcher_end_under_process_1(launched: bool, monkeypatch: 
         monkeypatch.setenv(MARK, "7")
     die_with_parent()
     assert ended == [1] * launched
+
+
+def test_what_a_parent_has_left_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent may end before its child asks to end with it."""
+    ended: list[int] = []
+    monkeypatch.setattr("bridge.job._libc", Mock())
+    monkeypatch.setattr("os._exit", ended.append)
+    die_with_parent(os.getppid())
+    assert ended == []
+    die_with_parent(os.getpid())
+    assert ended == [1]

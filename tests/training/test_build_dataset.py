@@ -3,13 +3,15 @@ import gzip
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy
+import psutil
 import pyarrow
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -23,6 +25,7 @@ from training.benchmark_data import plain_build
 from training.build_dataset import Options, build_dataset
 from training.corpus import Corpus
 
+LONGEST = 240  # seconds, to end a hang
 SPLIT = Options(split=[0.8, 0.1, 0.1])
 FILES = [f"{split}.{kind}" for split in ("train", "valid", "test") for kind in ("bin", "idx")]
 SMALL = 300  # bytes of a slice: the texts below make more than ten
@@ -204,7 +207,7 @@ def test_no_tokenizer(texts, tmp_path):
 
 def test_an_output_that_cannot_be_written(texts, source, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="cannot write .*file/out: .*name another output"):
+    with pytest.raises(InputError, match=r"cannot write .*file/out: .*name another output"):
         build_dataset(texts, str(source), tmp_path / "file" / "out")
 
 
@@ -276,10 +279,30 @@ def interrupted(*arguments):
     raise KeyboardInterrupt
 
 
+def kill_when(condition: Callable, command: list[str], environment: dict[str, str]) -> None:
+    """Start a build and kill it while its workers do nothing, and wait until they have ended."""
+    process = psutil.Popen(command, env=environment)
+    deadline = time.monotonic() + LONGEST
+    while not condition(process):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    workers = process.children()
+    for worker in workers:
+        worker.suspend()
+    process.kill()
+    process.wait()
+    for worker in workers:
+        with suppress(psutil.NoSuchProcess):
+            worker.resume()
+    _, left = psutil.wait_procs(workers, LONGEST)
+    assert left == []
+
+
 def test_killed_build_goes_on(source, tmp_path):
     """kill -9 of the job: its workers die with it, finished shards are kept, the end is the same."""
     with (tmp_path / "text.jsonl").open("w") as file:
-        for number in range(40):
+        for number in range(80):
             file.write(json.dumps({"text": f"{number} and so on; " * 4000}) + "\n")
     job = {
         "inputs": [str(tmp_path / "text.jsonl")],
@@ -293,21 +316,14 @@ def test_killed_build_goes_on(source, tmp_path):
     command = [sys.executable, "-m", "bridge.job", "training.build_dataset", str(tmp_path / "job.json")]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     parts = tmp_path / "killed.parts"
-    process = subprocess.Popen(command, env=environment)
-    deadline = time.monotonic() + 120
-    while not list(parts.glob("*.npz")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    time.sleep(0.5)  # workers die with their parent
+
+    # workers that have just been started, beside Python's tracker of what they share, end too
+    kill_when(lambda process: len(process.children()) > 2, command, environment)
+    assert not list(parts.glob("*.npz"))
+    kill_when(lambda process: list(parts.glob("*.npz")), command, environment)
+    assert 0 < len(list(parts.glob("*.npz"))) < 80
     with locked(parts, "is still being written"):
-        kept = set(parts.glob("*.npz"))
-    time.sleep(0.5)
-    assert kept == set(parts.glob("*.npz"))
-    assert 0 < len(kept) < 40
-    assert not (tmp_path / "killed.json").exists()
+        assert not (tmp_path / "killed.json").exists()
     assert subprocess.run(command, env=environment).returncode == 0
     build_dataset(Corpus(job["inputs"]), str(source), tmp_path / "whole")
     assert same(tmp_path / "killed", tmp_path / "whole")
