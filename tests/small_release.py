@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,18 @@ def write_spec(folder: Path) -> Path:
     return folder / "spec.yaml"
 
 
+def seconds_of(spec: Path) -> float:
+    """Return how long the release of `small_release` took on this machine."""
+    return float(spec.with_name("seconds.txt").read_text())
+
+
 @pytest.fixture(scope="session")
 def small_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the spec of a release that has been made; its workspace is the spec's folder."""
     spec = write_spec(tmp_path_factory.mktemp("release"))
+    started = time.monotonic()
     made = run("release", spec, PREFECT_HOME=str(spec.parent / "prefect"), **SECRETS)
     assert made.returncode == 0, made.stdout + made.stderr
+    spec.with_name("seconds.txt").write_text(str(time.monotonic() - started))
     spec.with_name("output.txt").write_text(made.stdout)
     return spec
