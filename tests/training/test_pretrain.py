@@ -42,6 +42,11 @@ LAYOUTS = {
     "cp2": {"model.context_parallel_size": 2},
     "dp2": {},
     "dp2 overlapped": {"ddp.overlap_grad_reduce": True, "ddp.overlap_param_gather": True},
+    "dp2 recomputed": {
+        "model.recompute_granularity": "full",
+        "model.recompute_method": "uniform",
+        "model.recompute_num_layers": 1,
+    },
     "pp2 uneven": {
         "model.pipeline_model_parallel_size": 2,
         "model.num_layers_in_first_pipeline_stage": 1,
