@@ -1,5 +1,6 @@
 """The `bridgeworks` command. Each command imports what it needs itself, so that `--help` is quick."""
 
+import errno
 import gc
 import signal
 import sys
@@ -15,12 +16,14 @@ from flows.options import (
     CompareConfigFrom,
     CompareDtypes,
     CompareFamily,
+    Dtype,
     Expert,
     ExportConfigFrom,
     ExportFamily,
     Gate,
     Grace,
     Json,
+    MaxMemory,
     MaxRestarts,
     NumPrompts,
     Only,
@@ -40,6 +43,7 @@ from flows.options import (
     TrainOutput,
     TrainPipeline,
     TrainTensor,
+    Workers,
 )
 
 app = typer.Typer(
@@ -53,12 +57,6 @@ app.add_typer(audit.app, name="audit")
 app.add_typer(data.app, name="data")
 
 
-Workers = Annotated[int, typer.Option(min=1, help="Threads that copy.")]
-MaxMemory = Annotated[str, typer.Option(help="The most memory to take, such as 500MB or 2GiB.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="Cast the weights: float32, bfloat16 or float16.", show_default="as they are"),
-]
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="The release spec, a YAML or JSON file.")]
 
 
@@ -73,6 +71,11 @@ def main() -> None:
     except BridgeworksError as error:
         print(f"{'stopped' if isinstance(error, StoppedError) else 'error'}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {_why_no_space(error)}", file=sys.stderr)
+        sys.exit(1)
     except typer.Abort:
         sys.exit(130)
     finally:
@@ -83,6 +86,13 @@ def main() -> None:
 def _terminated(number: int, frame: Any) -> NoReturn:
     """Leave by an exception, so that the launcher lets a job save before it ends."""
     sys.exit(128 + number)
+
+
+def _why_no_space(error: OSError) -> str:
+    """Say that the disk is full, and what failed before: its record may be what found no space."""
+    before = f"{error.__context__}; then " if isinstance(error.__context__, BridgeworksError) else ""
+    where = f" for {error.filename}" if error.filename else ""
+    return f"{before}no space was left{where}: free some and give the command again"
 
 
 def _one_line(text: str) -> str:
@@ -168,7 +178,9 @@ def import_(
     """
     from flows import convert
 
-    _report(convert.import_from(hf, megatron, dtype=dtype, workers=workers, max_memory=max_memory), json)
+    convert.report(
+        convert.import_from(hf, megatron, dtype=dtype, workers=workers, max_memory=max_memory), json
+    )
 
 
 @app.command()
@@ -198,26 +210,7 @@ def export(
 
     source = {"config_from": config_from, "family": family}
     options = {"dtype": dtype, "max_shard_size": max_shard_size, "workers": workers, "max_memory": max_memory}
-    _report(convert.export_to(megatron, hf, **source, **options), json)
-
-
-def _report(conversion: Any, json: bool) -> None:
-    from flows.console import print_json
-
-    if json:
-        print_json(vars(conversion))
-    else:
-        print(
-            f"{conversion.path}: {conversion.tensors} tensors, {conversion.bytes:,} bytes"
-            f" in {conversion.seconds:.1f} s"
-        )
-        if conversion.resumed:
-            print(f"{conversion.resumed:,} of the bytes were there from an interrupted conversion")
-        if conversion.started_over:
-            other = ", ".join(conversion.started_over)
-            print(f"what an interrupted conversion had finished was not used: other {other}")
-        if conversion.quantization:
-            print(f"weights quantised by {conversion.quantization} were written as what they stand for")
+    convert.report(convert.export_to(megatron, hf, **source, **options), json)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import Any
 from bridge.conversion import Conversion
 from bridge.errors import InputError
 from bridge.staging import SUFFIX
-from flows.console import progress
+from flows.console import print_json, progress
 
 FETCHED = ".bridgeworks.fetched"  # of a folder that is ours to remove: nobody else gives this name
 
@@ -60,6 +60,24 @@ def export_to(megatron: Path, hf: Path, **options: Any) -> Conversion:
 
     with _saying_how_to_go_on(hf), progress("exporting") as show:
         return export_checkpoint(megatron, hf, progress=show, **options)
+
+
+def report(conversion: Conversion, json: bool) -> None:
+    """Print what a conversion did."""
+    if json:
+        print_json(vars(conversion))
+    else:
+        print(
+            f"{conversion.path}: {conversion.tensors} tensors, {conversion.bytes:,} bytes"
+            f" in {conversion.seconds:.1f} s"
+        )
+        if conversion.resumed:
+            print(f"{conversion.resumed:,} of the bytes were there from an interrupted conversion")
+        if conversion.started_over:
+            other = ", ".join(conversion.started_over)
+            print(f"what an interrupted conversion had finished was not used: other {other}")
+        if conversion.quantization:
+            print(f"weights quantised by {conversion.quantization} were written as what they stand for")
 
 
 @contextmanager

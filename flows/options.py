@@ -208,3 +208,10 @@ Grace = Annotated[
 MaxRestarts = Annotated[
     int, typer.Option(min=0, help="Restarts after crashes in a row that bring no new checkpoint.")
 ]
+
+Workers = Annotated[int, typer.Option(min=1, help="Threads that copy.")]
+MaxMemory = Annotated[str, typer.Option(help="The most memory to take, such as 500MB or 2GiB.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Cast the weights: float32, bfloat16 or float16.", show_default="as they are"),
+]

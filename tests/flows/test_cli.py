@@ -371,3 +371,28 @@ def test_audit_refuses_what_is_no_release(tmp_path: Path) -> None:
     result = run("audit", "verify", tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith("error: ")
+
+
+def test_a_full_disk_is_said_in_one_line() -> None:
+    """With the job's own failure, if it was the record of that which found no space."""
+    program = """
+import errno, sys, flows.convert
+from bridge.errors import BridgeworksError
+from flows.cli import main
+
+def import_from(*places, **options):
+    try:
+        raise BridgeworksError("the job failed (log: job.log)")
+    finally:
+        raise OSError(errno.ENOSPC, "No space left on device", "attempts.json")
+
+flows.convert.import_from = import_from
+sys.argv = ["bridgeworks", "import", "a", "b"]
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines() == [
+        "error: the job failed (log: job.log); then no space was left for attempts.json:"
+        " free some and give the command again"
+    ]
