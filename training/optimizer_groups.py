@@ -2,8 +2,8 @@
 
 Megatron Core has one optimizer, or a chain of one for the dense parameters and one for the experts where
 `expert_model_parallel_size` is more than 1 (megatron/core/optimizer/__init__.py). The tensors have the same
-names in both; settings such as the number of steps belong to groups, which are told apart by
-`is_expert_parallel` too.
+names in both; the number of steps belongs to groups, which are told apart by `is_expert_parallel` too.
+Everything else in a group is a setting, such as its highest learning rate, and comes from the config.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_identifier_keys
 
 EXPERTS = "is_expert_parallel"
+STEP = "step"
 TENSORS = "param_state"
 
 
@@ -44,13 +45,11 @@ def fit_one(part: dict[Any, Any], saved: list[dict[str, Any]], current: dict[str
 
 
 def find(wanted: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the saved group of the same kind: of experts or not too if there are both.
-
-    What is no data, and so was not saved, is that of the group that there is now.
-    """
+    """Return a group with the steps of the saved one of its kind: of experts or not too if there are both."""
     same = [group for group in groups if kind(group) == kind(wanted)]
     exact = [group for group in same if group[EXPERTS] == wanted[EXPERTS]]
-    return {**wanted, **(exact or same)[0], EXPERTS: wanted[EXPERTS]}
+    saved = (exact or same)[0]
+    return {**wanted, **({STEP: saved[STEP]} if STEP in saved else {})}
 
 
 def kind(group: dict[str, Any]) -> tuple[Any, ...]:
