@@ -272,6 +272,12 @@ ROPE, FORMER_ROPE = "rope_parameters", "rope_scaling"
 ORIGINAL = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
 
+# DeepSeek-R1-0528-Qwen3-8B has it.
+ATTN_FACTOR = (
+    "vLLM multiplies YaRN's 0.1 log(factor) + 1 by it, transformers does not read it; write the product as"
+    " attention_factor in its place"
+)
+
 ROPE_KEYS = {
     "default": RopeKeys(),
     "linear": RopeKeys(frozenset({"factor"})),
@@ -372,9 +378,10 @@ class Rope(ConfigRule):
         needed, optional = ROPE_KEYS[kind]
         if wrong := sorted((needed - given) | (given - needed - optional - set(self.extra))):
             state = "unknown" if wrong[0] in given else "missing"
+            taken = f"it takes {', '.join(sorted(needed | optional)) or 'none'}"
             raise UnsupportedModelError(
-                f"config.json has rope type {kind!r} with {state} key {wrong[0]!r}: it takes"
-                f" {', '.join(sorted(needed | optional)) or 'none'}"
+                f"config.json has rope type {kind!r} with {state} key {wrong[0]!r}:"
+                f" {ATTN_FACTOR if wrong[0] == 'attn_factor' else taken}"
             )
 
     def write(self, provider: GPTModelProvider) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from bridge.config_rules import Carried, ConfigRule, Dtype, Field, Requires
+from bridge.config_rules import ConfigRule, Dtype, Field, Requires
 from bridge.mapping import (
     DirectMapping,
     FusedQKVMapping,
@@ -14,30 +14,7 @@ from bridge.mapping import (
     OutputMapping,
     QKVMapping,
 )
-
-# Settings of a transformers run, of the tokenizer or of generation: they name no weight and change no logit.
-WITHOUT_MEANING = Carried(
-    (
-        "_name_or_path",
-        "_attn_implementation",
-        "architectures",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "eos_token_id",
-        "id2label",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "pretraining_tp",
-        "problem_type",
-        "return_dict",
-        "torchscript",
-        "transformers_version",
-        "unsloth_fixed",
-        "use_cache",
-    )
-)
+from bridge.run_keys import WITHOUT_MEANING
 
 DECODER_CONFIG: tuple[ConfigRule, ...] = (
     Field("num_hidden_layers", "num_layers"),

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bridge.config_rules import Carried, Config, ConfigRule, Constant, Dtype, Field, Requires
-from bridge.decoder import HF_ATTENTION, MEGATRON_ATTENTION, WITHOUT_MEANING
+from bridge.decoder import HF_ATTENTION, MEGATRON_ATTENTION
 from bridge.errors import UnsupportedModelError
 from bridge.mapping import DirectMapping, Mapping
 from bridge.provider import GPTModelProvider
+from bridge.run_keys import WITHOUT_MEANING
 from bridge.value_types import Count, by_name
 
 

@@ -11,6 +11,9 @@ from bridge.family import Family
 from bridge.mapping import WeightPlan
 from bridge.provider import GPTModelProvider
 
+OTHER_NAMES = {"kimi_k2": "deepseek_v3"}
+"""Names that released models have instead of their family's, by which other programs tell them apart."""
+
 
 @cache
 def families() -> dict[str, Family]:
@@ -33,6 +36,11 @@ def family_named(model_type: str) -> Family:
     # One of ours needs no look at the others: a conversion starts in a fraction of the time.
     if model_type in {module.name for module in pkgutil.iter_modules(__path__)}:
         return importlib.import_module(f"{__name__}.{model_type}").FAMILY
+    if named := OTHER_NAMES.get(model_type):
+        raise UnsupportedModelError(
+            f"unknown model_type {model_type!r}, to transformers as well: such models are of the family"
+            f" {named!r}, so write that as model_type into config.json"
+        )
     if model_type not in families():
         raise UnsupportedModelError(
             f"unknown model_type {model_type!r}: known are {', '.join(families())}"

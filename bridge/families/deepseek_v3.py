@@ -20,7 +20,14 @@ LAYER = (
 FAMILY = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
-    covers=("DeepSeek-V3", "DeepSeek-V3-0324", "DeepSeek-V3.1", "DeepSeek-R1", "Moonlight-16B-A3B"),
+    covers=(
+        "DeepSeek-V3",
+        "DeepSeek-V3-0324",
+        "DeepSeek-V3.1",
+        "DeepSeek-R1",
+        "Moonlight-16B-A3B",
+        "Kimi-K2 (as deepseek_v3)",
+    ),
     config=(
         *LATENT_CONFIG,
         OwnCode(own_code("DeepseekV3")),

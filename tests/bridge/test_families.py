@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from checkpoints import FAMILY_SETTINGS, SIZES, as_stored, given
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from bridge.config_rules import REQUIRED, Constant, Dtype, Field, Requires
 from bridge.errors import InputError, UnsupportedModelError
 from bridge.families import families, family_named, family_of, plan_weights, provider_of
 from bridge.family_checks import families_with
 from bridge.hf_checkpoint import read_config
+from bridge.run_keys import GENERATION_KEYS, WITHOUT_MEANING
 
 # As the hub has it for Llama 3.2 1B, cut to a small size: the spelling before transformers 5.
 LEGACY_LLAMA: dict[str, Any] = {
@@ -240,6 +241,15 @@ def test_old_spelling_is_read_and_kept() -> None:
     assert family_named("llama").hf_config(provider) == LEGACY_LLAMA
 
 
+def test_settings_of_generation_are_those_that_transformers_drops() -> None:
+    """They travel; a key among them that the model's class reads would be one of its own."""
+    assert set(GENERATION_KEYS) <= GenerationConfig._get_default_generation_params().keys()
+    config = LEGACY_LLAMA | dict.fromkeys(WITHOUT_MEANING.keys, None)
+    provider = provider_of(config)
+    assert family_named("llama").hf_config(provider) == config
+    assert provider.to_dict() | {"hf_config": LEGACY_LLAMA} == provider_of(LEGACY_LLAMA).to_dict()
+
+
 def test_a_changed_field_is_exported_with_its_new_value() -> None:
     provider = provider_of(LEGACY_LLAMA)
     provider.params_dtype, provider.rope_parameters["factor"] = "float32", 8.0
@@ -254,11 +264,16 @@ def test_a_changed_field_is_exported_with_its_new_value() -> None:
     [
         ({"model_type": "lama"}, "'lama'"),
         ({"model_type": None}, "model_type"),
+        ({"model_type": "kimi_k2"}, "write that as model_type"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "high_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "ramp": 1}}, "ramp"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "attn_factor": 0.9}},
+            "write .* attention_factor",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"auto_map": {"AutoModel": "evil.Model"}}, "auto_map"),
         ({"torch_dtype": "int8"}, "int8"),
