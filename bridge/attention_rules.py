@@ -30,6 +30,30 @@ class Former(Requires):
 
 
 @dataclass(frozen=True)
+class Repeats(ConfigRule):
+    """A key that says once more what `rule` reads as `field`; transformers does not read it."""
+
+    key: str
+    rule: ConfigRule
+    field: str
+
+    @property
+    def keys(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.key,)
+
+    def read(self, config: Config) -> dict[str, Any]:
+        value = self.rule.read(config)[self.field]
+        if (given := config.get(self.key)) not in (None, value):
+            raise UnsupportedModelError(
+                f"config.json has {self.key} {given!r}: by its other keys this is {value!r}"
+            )
+        return {self.field: value}
+
+    def write(self, provider: GPTModelProvider) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
 class Nullable(Field):
     """One key that is one field and may be null, which is None."""
 

@@ -16,6 +16,8 @@ FAMILY = Family(
         Requires("use_sliding_window", (False,)),
         EveryLayer("layer_types", "full_attention"),
         Carried(("sliding_window", "max_window_layers", "use_mrope")),
+        # how other programs attend beyond the 256K tokens that Qwen2.5-1M was trained on
+        Carried(("dual_chunk_attention_config",)),
     ),
     weights=decoder_weights(QKV_BIAS),
 )

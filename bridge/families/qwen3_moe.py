@@ -1,5 +1,6 @@
 """Qwen3 with experts: Qwen3's attention, experts in all or some layers; sliding windows are refused."""
 
+from bridge.attention_rules import Former
 from bridge.config_rules import Carried, Constant, Field, HeadDim, Requires, Rope
 from bridge.decoder import ATTENTION, BUFFERS, DECODER_CONFIG, EMBEDDING, OUTPUT, QK_NORM, gated_mlp
 from bridge.experts import NormalizedWeights, SparseLayers, expert_weights, routing_config
@@ -23,6 +24,10 @@ FAMILY = Family(
         Requires("attention_bias", (False,)),
         Requires("use_sliding_window", (False,)),
         Carried(("sliding_window", "max_window_layers")),
+        # what Qwen3-Coder says beside, which transformers does not read
+        Former("qkv_bias", (False,)),
+        Former("use_qk_norm", (True,)),
+        Former("shared_expert_intermediate_size", (0,)),
     ),
     weights=MegatronMappingRegistry(
         EMBEDDING, *ATTENTION, *QK_NORM, *gated_mlp("dense"), *expert_weights(), *OUTPUT, buffers=BUFFERS

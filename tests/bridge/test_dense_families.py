@@ -63,6 +63,8 @@ def test_a_released_model_has_as_many_weights_as_in_transformers(name: str) -> N
 @pytest.mark.parametrize(
     ("name", "billions"),
     [
+        ("SmolLM2-135M-Instruct", 0.1345),
+        ("Qwen2.5-7B-Instruct-1M", 7.61),
         ("gemma-2b", 2.51),
         ("gemma-7b", 8.54),
         ("gemma-2-2b", 2.61),
@@ -70,6 +72,7 @@ def test_a_released_model_has_as_many_weights_as_in_transformers(name: str) -> N
         ("gemma-3-1b-it", 1.0),
         ("gemma-3-270m", 0.268),
         ("Minitron-4B-Base", 4.19),
+        ("Minitron-8B-Base", 8.27),
         ("Nemotron-4-340B-Base", 341),
         ("Phi-3-mini-4k-instruct", 3.82),
         ("phi-4", 14.7),
@@ -86,6 +89,7 @@ def test_released_models_have_the_parameters_that_their_cards_say(name: str, bil
 @pytest.mark.parametrize(
     ("name", "change", "named"),
     [
+        ("SmolLM2-135M-Instruct", {"rope_interleaved": True}, "rope_interleaved"),
         ("gemma-2b", {"hidden_act": "silu"}, "hidden_act"),
         ("gemma-2b", {"hidden_activation": "gelu"}, "hidden_activation"),
         ("gemma-2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
@@ -98,6 +102,10 @@ def test_released_models_have_the_parameters_that_their_cards_say(name: str, bil
         ("gemma-3-1b-it", {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}, "yarn"),
         ("Minitron-4B-Base", {"hidden_act": "silu"}, "hidden_act"),
         ("Minitron-4B-Base", {"mlp_bias": True}, "mlp_bias"),
+        ("Minitron-8B-Base", {"kv_channels": 64}, "kv_channels 64: by its other keys this is 128"),
+        ("Nemotron-4-4B", {"kv_channels": 64}, "kv_channels 64"),
+        ("Nemotron-4-4B", {"rope_percentage": 1.0}, "rope_percentage"),
+        ("Nemotron-4-4B", {"rope_percent": 1.0}, "rope_percent 1.0: by its other keys this is 0.5"),
         ("phi-4", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
         ("phi-4", {"resid_pdrop": 0.1}, "resid_pdrop"),
         ("phi-4", {"lm_head_bias": True}, "lm_head_bias"),
@@ -113,6 +121,15 @@ def test_what_would_be_converted_wrongly_is_refused_by_name(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         provider_of({**RELEASED[name], **change})
+
+
+def test_a_repeated_key_goes_with_what_it_repeats() -> None:
+    """kv_channels of another value would be a contradiction to read again."""
+    config = RELEASED["Nemotron-4-4B"] | {"rope_percent": 0.5}
+    provider = provider_of(config)
+    provider.kv_channels = 64
+    changed = {key: value for key, value in config.items() if key != "kv_channels"} | {"head_dim": 64}
+    assert family_of(config).hf_config(provider) == changed
 
 
 def test_a_query_scale_that_no_key_can_say_is_refused() -> None:

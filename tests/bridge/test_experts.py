@@ -53,6 +53,9 @@ def test_prediction_layers_follow_those_of_the_decoder() -> None:
     [
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window"),
         ("qwen3_moe", {"mlp_only_layers": list(range(48))}, "no layer has experts"),
+        ("qwen3_moe", {"qkv_bias": True}, "qkv_bias"),
+        ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 768}, "shared_expert_intermediate_size"),
         ("qwen3_moe", {"num_local_experts": 64}, "num_local_experts"),
         ("qwen2_moe", {"layer_types": ["sliding_attention"] * 24}, "layer_types"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
