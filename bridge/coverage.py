@@ -66,16 +66,35 @@ MORE_PREDICTION_LAYERS = (
     " their number, or to 0 and take their tensors out"
 )
 
+# As those of an embedding model (Qwen3-Embedding), which in its larger sizes has no output layer either.
+WITHOUT_PREFIX = (
+    "; its names lack 'model.', which those of a language model have: load it by AutoModelForCausalLM and"
+    " save it anew"
+)
+WITHOUT_OUTPUT = (
+    "; it has no output layer, so it is no language model, unless its embedding is that as well: then set"
+    " tie_word_embeddings to true"
+)
+
 
 def _check_names(declared: Iterable[str], found: Iterable[str], where: str) -> None:
     if missing := sorted(set(declared) - set(found)):
-        hint = FEWER_PREDICTION_LAYERS if _predict(missing) else ""
+        hint = _reason(missing, sorted(set(declared) - {f"model.{name}" for name in found}))
         raise CoverageError(
             f"{where} lacks {_first_of(missing)}: the checkpoint is not of the model it names{hint}"
         )
     if left_over := sorted(set(found) - set(declared)):
         hint = MORE_PREDICTION_LAYERS if _predict(left_over) else ""
         raise CoverageError(f"{where} holds {_first_of(left_over)}, for which the family has no rule{hint}")
+
+
+def _reason(missing: list[str], missing_with_prefix: list[str]) -> str:
+    """Say why a released checkpoint may lack tensors, or would with 'model.' in front of its names."""
+    if _predict(missing):
+        return FEWER_PREDICTION_LAYERS
+    if ["lm_head.weight"] in (missing, missing_with_prefix):
+        return WITHOUT_OUTPUT
+    return "" if missing_with_prefix else WITHOUT_PREFIX
 
 
 def _predict(names: Iterable[str]) -> bool:

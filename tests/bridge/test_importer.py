@@ -36,10 +36,18 @@ def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def as_embedding_model(tensors: Tensors) -> None:
+    del tensors["lm_head.weight"]
+    for name in list(tensors):
+        tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 BAD_TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "missing": (lambda t: t.pop(NORM), f"lacks '{NORM}'"),
     "two missing": (lambda t: [t.pop(NORM), t.pop("model.norm.weight")], "and 1 more tensors"),
+    "no output": (lambda t: t.pop("lm_head.weight"), "no language model, unless"),
+    "an embedding model's": (as_embedding_model, "set tie_word_embeddings to true"),
     "left over": (lambda t: t.update(extra=torch.zeros(3)), "holds 'extra'"),
     "other shape": (lambda t: t.update({NORM: torch.zeros(63).bfloat16()}), "has shape \\[63\\]"),
     "transposed": (
@@ -57,6 +65,13 @@ def test_refuses_tensors_that_the_config_does_not_declare(case: str, single_file
     with pytest.raises(CoverageError, match=message):
         import_checkpoint(single_file, single_file.parent / "megatron")
     assert [path.name for path in single_file.parent.iterdir()] == ["source"]
+
+
+def test_names_of_an_embedding_model_are_answered_by_what_to_do(single_file: Path) -> None:
+    edit_json(single_file / "config.json", tie_word_embeddings=True)
+    change(single_file, as_embedding_model)
+    with pytest.raises(CoverageError, match="load it by AutoModelForCausalLM and save it anew"):
+        import_checkpoint(single_file, single_file.parent / "megatron")
 
 
 def test_listed_buffers_are_no_weights(single_file: Path) -> None:
