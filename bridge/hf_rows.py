@@ -105,7 +105,7 @@ def _fp8_box(tensor: QuantizedTensor, files: OpenFiles, rows: range, columns: ra
     for block in range(columns.start // block_columns, -(-columns.stop // block_columns)):
         begin, end = (max(0, edge * block_columns - columns.start) for edge in (block, block + 1))
         values[:, begin:end] *= scales[scale_rows, block, None]
-    return values.to(getattr(torch, tensor.dtype))
+    return _meant(values, tensor)
 
 
 def _whole(tensor: TensorSlice, files: OpenFiles, width: int) -> torch.Tensor:
@@ -126,23 +126,37 @@ def _mxfp4_box(tensor: QuantizedTensor, files: OpenFiles, rows: range, columns: 
     values = pairs.index_select(0, packed.view(-1).int()).view(-1, VALUES_PER_SCALE)
     values *= powers.index_select(0, exponents.view(-1).int())[:, None]
     begin = columns.start - groups.start * VALUES_PER_SCALE
-    found = values.view(len(rows), -1)[:, begin : begin + len(columns)]
-    return found.to(getattr(torch, tensor.dtype))
+    return _meant(values.view(len(rows), -1)[:, begin : begin + len(columns)], tensor)
+
+
+def _meant(values: torch.Tensor, tensor: QuantizedTensor) -> torch.Tensor:
+    """Return dequantised values in the dtype of the tensor that they stand for."""
+    found = values.to(getattr(torch, tensor.dtype))
+    if _overflows(values, found):
+        raise CoverageError(
+            f"{tensor.values.file}: a weight quantised by {tensor.method} overflows in {tensor.dtype}, the"
+            " dtype of config.json: set it to bfloat16 or float32 there"
+        )
+    return found
 
 
 def cast(tensor: torch.Tensor, dtype: str, name: str) -> torch.Tensor:
     """Cast to `dtype`; a finite value that overflows is a CoverageError."""
-    target = getattr(torch, dtype)
-    if tensor.dtype == target:
-        return tensor
-    found = tensor.to(target)
-    # One pass without a copy; only if it finds a value that is too large, or none that is a number, a mask.
-    least, most = torch.aminmax(tensor)
-    if torch.maximum(-least, most) <= torch.finfo(target).max:
-        return found
-    if bool((found.isinf() & tensor.isfinite()).any()):
+    found = tensor.to(getattr(torch, dtype))
+    if _overflows(tensor, found):
         raise CoverageError(f"{name!r} holds values that overflow in {dtype}: choose another dtype")
     return found
+
+
+def _overflows(tensor: torch.Tensor, found: torch.Tensor) -> bool:
+    """Say whether a finite value became infinite in `found`, of another dtype."""
+    if tensor.dtype == found.dtype:
+        return False
+    # One pass without a copy; only if it finds a value that is too large, or none that is a number, a mask.
+    least, most = torch.aminmax(tensor)
+    if torch.maximum(-least, most) <= torch.finfo(found.dtype).max:
+        return False
+    return bool((found.isinf() & tensor.isfinite()).any())
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -98,6 +98,23 @@ def test_mxfp4_by_its_formula(tmp_path: Path) -> None:
     assert read_whole(tensor).flatten().tolist() == [0.75, -1.0] * 16
 
 
+def test_quantised_values_that_overflow_are_an_error(tmp_path: Path) -> None:
+    """float16 ends at 65504: what the config calls the weights' dtype cannot hold 448 times 1000."""
+    scales = torch.full((1, 1), 1000.0)
+    values = torch.full((6, 8), 448.0).to(torch.float8_e4m3fn)
+    message = r"model\.safetensors: a weight quantised by fp8 overflows in float16, the dtype of config\.json"
+    tensor = opened(
+        tmp_path, {**fp8(None), "dtype": "float16"}, **{"x.weight": values, "x.weight_scale_inv": scales}
+    )
+    with pytest.raises(CoverageError, match=message):
+        read_whole(tensor)
+    blocks = torch.full((1, 1, 1, 16), 0b1110_0101, dtype=torch.uint8)
+    exponents = torch.full((1, 1, 1), 127 + 16, dtype=torch.uint8)
+    tensor = opened(tmp_path, {**MXFP4, "dtype": "float16"}, x_blocks=blocks, x_scales=exponents)
+    with pytest.raises(CoverageError, match="mxfp4 overflows in float16"):
+        read_whole(tensor)
+
+
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("first", [0, 5, 14])
