@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from bridge.distributed import device
+from bridge.errors import ConfigError
 from training.data import Batch
 from training.setup import ForwardStep
 
@@ -27,7 +28,7 @@ def run_batch(
     Returns the "loss" (a sum over tokens) and "num_tokens" of each, on the last pipeline stage only.
     """
     alone = len(model) == 1
-    return get_forward_backward_func()(
+    results = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=data_iterators[0] if alone else data_iterators,
         model=model[0] if alone else model,
@@ -36,6 +37,18 @@ def run_batch(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
+    check_results(results)
+    return results
+
+
+def check_results(results: list[dict[str, torch.Tensor]]) -> None:
+    """Refuse what somebody's own forward step measures, unless the mean loss follows from it."""
+    missing = [name for name in ("loss", "num_tokens") if results and name not in results[0]]
+    if missing:
+        raise ConfigError(
+            f"the forward step's loss function measured {', '.join(results[0])}, but not {missing[0]!r}: let"
+            ' it return sum, number of tokens and {"loss": sum, "num_tokens": number}, as training.gpt_step'
+        )
 
 
 def sums_of_all_ranks(results: list[dict[str, torch.Tensor]]) -> torch.Tensor:

@@ -28,7 +28,7 @@ from training.callbacks import (
     Validation,
 )
 from training.checkpoint_callback import Checkpoints
-from training.config import ConfigContainer
+from training.config import CheckpointConfig, ConfigContainer
 from training.data import SAMPLE_INDICES, Batch
 from training.faults import update
 from training.hang_watch import HangWatch
@@ -82,6 +82,7 @@ def pretrain(
     With `report`, the file for a hang's error, the job is ended when it hangs.
     """
     started = time.monotonic()
+    check_saving(config.checkpoint)
     prepare(config)
     run = set_up(config, forward_step)
     with sole_run(config.checkpoint.save):
@@ -117,6 +118,13 @@ def prepare(config: ConfigContainer) -> None:
     config.profiling.check_device(torch.cuda.is_available())
     if config.dataset.path_to_cache is None and config.checkpoint.save is not None:
         config.dataset.path_to_cache = str(Path(config.checkpoint.save) / SAMPLE_INDICES)
+
+
+def check_saving(checkpoint: CheckpointConfig) -> None:
+    """Refuse to ask for checkpoints, or their exports, without a place for them."""
+    for name in ("save_interval", "export_hf"):
+        if getattr(checkpoint, name) is not None and checkpoint.save is None:
+            raise ConfigError(f"checkpoint.{name} needs checkpoint.save, the folder of the checkpoints")
 
 
 def callbacks_of(run: Run, datasets: dict[str, Any]) -> list[Callback]:

@@ -55,7 +55,9 @@ def set_up(config: ConfigContainer, forward_step: ForwardStep) -> Run:
     # it warns at every start that it is off
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     set_determinism(config)
-    distributed.initialize(config.model, config.rng.seed)
+    distributed.initialize(config.model)
+    # also where this process has built a model or trained before
+    distributed.seed_generators(config.rng.seed)
     num_microbatches_calculator.unset_num_microbatches_calculator()
     num_microbatches_calculator.init_num_microbatches_calculator(
         rank=torch.distributed.get_rank(),
