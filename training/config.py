@@ -149,8 +149,6 @@ class CommOverlapConfig:
     # the output layer's weight gradient waits for the pipeline's end, where stages are idle
     defer_embedding_wgrad_compute: bool = False
     wgrad_deferral_limit: int = 0
-    overlap_moe_expert_parallel_comm: bool = False
-    delay_wgrad_compute: bool = False
 
 
 @dataclass
