@@ -23,7 +23,7 @@ from tasks.train import config_for
 from training.blend import check_files, with_absolute_paths
 from training.config import ConfigContainer
 from training.config_checks import check_shapes
-from training.config_paths import check_written, make_paths_absolute
+from training.config_paths import check_tokenizer, check_written, make_paths_absolute
 from training.metrics import read_metrics
 from training.overrides import apply_overrides
 
@@ -65,6 +65,7 @@ def train(
     check(config, parallel)
     config.dataset = with_absolute_paths(config.dataset)
     make_paths_absolute(config, Path.cwd())
+    check_tokenizer(config)
     check_written(config)
     job = make_job(config, weights, output.absolute())
     with sole_launcher(output.absolute()), noting_stops(grace) as stop:

@@ -16,6 +16,9 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "model.normalization": ("RMSNorm", "LayerNorm"),
     "model.position_embedding_type": ("rope",),
     "model.softmax_type": ("vanilla", "learnable"),
+    "model.qk_layernorm_scope": ("head", "layer"),
+    "model.moe_router_score_function": ("softmax", "sigmoid"),
+    "model.moe_router_dtype": (None, "fp32", "fp64"),
     "model.moe_token_dispatcher_type": ("allgather", "alltoall", "flex"),
     "model.moe_router_load_balancing_type": (
         "aux_loss",

@@ -66,10 +66,22 @@ def check_schedule(config: "ConfigContainer") -> None:
                 f"scheduler.lr_wsd_decay_iters is {scheduler.lr_wsd_decay_iters}: give at most the"
                 f" {decay_iters} iterations of the decay"
             )
+    elif scheduler.lr_wsd_decay_iters is not None:
+        raise ConfigError(
+            f"scheduler.lr_wsd_decay_iters is for scheduler.lr_decay_style WSD, not"
+            f" {scheduler.lr_decay_style}: leave it out"
+        )
+    if scheduler.lr_warmup_init and not scheduler.lr_warmup_iters:
+        raise ConfigError("scheduler.lr_warmup_init is for a warm-up: give scheduler.lr_warmup_iters too")
 
 
 def check_data(config: "ConfigContainer") -> None:
     blend.check_settings(config.dataset)
+    asked, known = config.tokenizer.vocab_size, config.model.vocab_size
+    if asked is not None and asked > known:
+        raise ConfigError(
+            f"tokenizer.vocab_size is {asked}: give at most the model's {known}, or leave it out"
+        )
 
 
 def check_sequence(config: "ConfigContainer") -> None:
@@ -101,6 +113,15 @@ def check_experts(config: "ConfigContainer") -> None:
         raise ConfigError(
             f"model.tensor_model_parallel_size {model.tensor_model_parallel_size} with experts trains with"
             " sequence parallelism only: set model.sequence_parallel to true"
+        )
+    if (
+        model.num_moe_experts
+        and model.moe_router_load_balancing_type == "sinkhorn"
+        and model.moe_aux_loss_coeff
+    ):
+        raise ConfigError(
+            "model.moe_router_load_balancing_type sinkhorn balances without a loss: set"
+            " model.moe_aux_loss_coeff to 0"
         )
 
 
@@ -136,12 +157,6 @@ def check_overlap(config: "ConfigContainer") -> None:
         )
     if overlap.defer_embedding_wgrad_compute and model.pipeline_model_parallel_size == 1:
         raise ConfigError("comm_overlap.defer_embedding_wgrad_compute needs pipeline_model_parallel_size > 1")
-    if overlap.overlap_moe_expert_parallel_comm and model.expert_model_parallel_size == 1:
-        raise ConfigError(
-            "comm_overlap.overlap_moe_expert_parallel_comm needs model.expert_model_parallel_size > 1"
-        )
-    if overlap.delay_wgrad_compute and not overlap.overlap_moe_expert_parallel_comm:
-        raise ConfigError("comm_overlap.delay_wgrad_compute needs overlap_moe_expert_parallel_comm")
     if config.ddp.overlap_param_gather and not config.ddp.overlap_grad_reduce:
         raise ConfigError("ddp.overlap_param_gather needs ddp.overlap_grad_reduce")
 
@@ -150,6 +165,9 @@ def check_recomputation(config: "ConfigContainer") -> None:
     model = config.model
     if model.recompute_modules and model.recompute_granularity != "selective":
         raise ConfigError("model.recompute_modules needs model.recompute_granularity selective")
+    for name in ("recompute_method", "recompute_num_layers"):
+        if getattr(model, name) is not None and model.recompute_granularity != "full":
+            raise ConfigError(f"model.{name} needs model.recompute_granularity full")
     if model.recompute_granularity == "full" and not (model.recompute_method and model.recompute_num_layers):
         raise ConfigError(
             "model.recompute_granularity full needs model.recompute_method (uniform or block) and"
@@ -161,6 +179,8 @@ def check_recomputation(config: "ConfigContainer") -> None:
         )
     if model.cpu_offloading and (model.recompute_granularity or model.pipeline_model_parallel_size > 1):
         raise ConfigError("model.cpu_offloading goes neither with recomputation nor with pipeline stages")
+    if model.cpu_offloading_num_layers and not model.cpu_offloading:
+        raise ConfigError("model.cpu_offloading_num_layers needs model.cpu_offloading: set it to true")
     if model.cpu_offloading and not 0 < model.cpu_offloading_num_layers < model.num_layers:
         raise ConfigError(
             f"model.cpu_offloading_num_layers is {model.cpu_offloading_num_layers}: give 1 to"

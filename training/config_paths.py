@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bridge.errors import ConfigError
+from bridge.hf_checkpoint import side_files
 
 if TYPE_CHECKING:
     from training.config import ConfigContainer
@@ -41,6 +42,15 @@ def make_paths_absolute(config: "ConfigContainer", folder: Path) -> None:
 def anchored(path: str, folder: Path) -> str:
     """Return a relative path as one below `folder`; an address stays as it is."""
     return path if "://" in path else str(folder / Path(path).expanduser())
+
+
+def check_tokenizer(config: "ConfigContainer") -> None:
+    """Refuse a tokenizer, by its absolute path, that is none: checkpoints are to have its files."""
+    folder = config.tokenizer.tokenizer_model
+    if folder and not (Path(folder).is_dir() and side_files(Path(folder))):
+        raise ConfigError(
+            f"tokenizer.tokenizer_model is {folder}, but no tokenizer is there: give a Hugging Face folder"
+        )
 
 
 def check_written(config: "ConfigContainer") -> None:

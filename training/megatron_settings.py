@@ -1,6 +1,7 @@
 """A config's sections as Megatron Core's own dataclasses."""
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from bridge import model
+from bridge.errors import ConfigError
 from bridge.layer_spec import uses_transformer_engine
 from training import wgrad_fusion
 from training.config import ConfigContainer
@@ -40,16 +42,19 @@ def transformer_settings(config: ConfigContainer) -> TransformerConfig:
     settings = run_settings(config.model, transformer_engine)
     if settings["gradient_accumulation_fusion"]:
         wgrad_fusion.install()
-    return model.transformer_config(
-        config.model,
-        **settings,
-        **values(config.mixed_precision, FP8_FIELDS),
-        **values(config.comm_overlap),
-        deterministic_mode=bool(config.train.deterministic_mode),
-        # the mean is over the tokens of the whole batch, however they are spread over ranks and micro-batches
-        calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
-    )
+    try:
+        return model.transformer_config(
+            config.model,
+            **settings,
+            **values(config.mixed_precision, FP8_FIELDS),
+            **values(config.comm_overlap),
+            deterministic_mode=bool(config.train.deterministic_mode),
+            # the mean is over the tokens of the whole batch, however ranks and micro-batches share them
+            calculate_per_token_loss=True,
+            finalize_model_grads_func=finalize_model_grads,
+        )
+    except (AssertionError, ValueError) as error:  # how its __post_init__ refuses what does not go together
+        raise ConfigError(f"Megatron Core refuses these settings of the model: {error}") from error
 
 
 def ddp_settings(config: ConfigContainer) -> DistributedDataParallelConfig:
@@ -59,7 +64,6 @@ def ddp_settings(config: ConfigContainer) -> DistributedDataParallelConfig:
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=config.mixed_precision.grad_reduce_in_fp32,
         fp8_param_gather=config.mixed_precision.fp8_param,
-        delay_wgrad_compute=config.comm_overlap.delay_wgrad_compute,
     )
 
 
@@ -70,6 +74,14 @@ def checks_gradients(config: ConfigContainer) -> bool:
 
 def optimizer_settings(config: ConfigContainer) -> OptimizerConfig:
     """Return the config of Megatron's distributed Adam, with master weights where the model has 16 bits."""
+    if (
+        config.optimizer.use_precision_aware_optimizer
+        and importlib.util.find_spec("transformer_engine") is None
+    ):
+        raise ConfigError(
+            "optimizer.use_precision_aware_optimizer is Transformer Engine's Adam, which is not here: set it"
+            " to false"
+        )
     precision = config.mixed_precision
     dtypes = {name: getattr(torch, getattr(config.optimizer, name)) for name in OPTIMIZER_DTYPES}
     return OptimizerConfig(

@@ -15,6 +15,7 @@ from training.config import ConfigContainer
 from training.precision import mixed_precision
 
 RECIPE = "mixed_precision"
+FOLLOWS = {"model.params_dtype": "mixed_precision, such as mixed_precision=fp32"}
 ALIKE = 0.65  # of two fields' letters: "max_steps" is not alike "max_skipped", "seqlen" is "seq_length"
 SHORT = 4  # letters
 LISTED = 30  # settings of a section that are named where none is alike
@@ -69,6 +70,8 @@ def _split(assignment: str) -> tuple[str, _Written]:
 
 def _field(config: ConfigContainer, name: str) -> tuple[Any, str]:
     section, _, field = name.partition(".")
+    if name in FOLLOWS:
+        raise ConfigError(f"{name} follows from another setting: give {FOLLOWS[name]}")
     if name not in (names := override_names(config)):
         raise ConfigError(f"no setting is called {name!r}: {_hint(names, name)}")
     return getattr(config, section), field

@@ -143,6 +143,33 @@ def test_unknown_names_are_refused(value, message):
         ),
         ({"model.recompute_modules": ["mlp"]}, 1, "needs model.recompute_granularity selective"),
         ({"model.recompute_granularity": "full"}, 1, "needs model.recompute_method"),
+        (
+            {"model.recompute_method": "uniform"},
+            1,
+            "recompute_method needs model.recompute_granularity full",
+        ),
+        (
+            {"model.recompute_granularity": "selective", "model.recompute_num_layers": 1},
+            1,
+            "model.recompute_num_layers needs model.recompute_granularity full",
+        ),
+        ({"model.cpu_offloading_num_layers": 2}, 1, "needs model.cpu_offloading: set it to true"),
+        ({"scheduler.lr_wsd_decay_iters": 2}, 1, "is for scheduler.lr_decay_style WSD, not cosine"),
+        (
+            {"scheduler.lr_warmup_iters": 0, "scheduler.lr_warmup_init": 1e-5},
+            1,
+            "scheduler.lr_warmup_init is for a warm-up",
+        ),
+        ({"tokenizer.vocab_size": 10**7}, 1, "tokenizer.vocab_size is 10000000: give at most the model's"),
+        ({"model.qk_layernorm_scope": "all"}, 1, "allowed are head, layer"),
+        ({"model.moe_router_score_function": "tanh"}, 1, "allowed are softmax, sigmoid"),
+        ({"model.moe_router_dtype": "bf16"}, 1, "allowed are null, fp32, fp64"),
+        (
+            {"model.num_moe_experts": 8, "model.moe_aux_loss_coeff": 0.1}
+            | {"model.moe_router_load_balancing_type": "sinkhorn"},
+            1,
+            "sinkhorn balances without a loss: set model.moe_aux_loss_coeff to 0",
+        ),
         ({"model.cpu_offloading": True}, 1, "cpu_offloading_num_layers is 0: give 1 to 15"),
         ({"checkpoint.export_interval": 5}, 1, "needs checkpoint.export_hf"),
         (

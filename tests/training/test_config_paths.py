@@ -6,7 +6,7 @@ import pytest
 
 from bridge.errors import ConfigError
 from training.config import ConfigContainer
-from training.config_paths import check_paths, check_written, make_paths_absolute
+from training.config_paths import check_paths, check_tokenizer, check_written, make_paths_absolute
 from training.overrides import apply_overrides
 
 
@@ -45,3 +45,15 @@ def test_a_place_below_a_file_cannot_be_written(tmp_path: Path) -> None:
     for name in ("dataset.path_to_cache", "profiling.output"):
         with pytest.raises(ConfigError, match=rf"{name} is .*/file/x, but .*/file is no folder"):
             check_written(apply_overrides(ConfigContainer(), {name: f"{tmp_path}/file/x"}))
+
+
+def test_a_tokenizer_that_is_none_is_refused(tmp_path: Path) -> None:
+    config = ConfigContainer()
+    check_tokenizer(config)
+    for folder in (tmp_path, tmp_path / "none"):
+        config.tokenizer.tokenizer_model = str(folder)
+        with pytest.raises(ConfigError, match=f"tokenizer_model is {folder}, but no tokenizer is there"):
+            check_tokenizer(config)
+    (tmp_path / "tokenizer.json").touch()
+    config.tokenizer.tokenizer_model = str(tmp_path)
+    check_tokenizer(config)

@@ -57,6 +57,7 @@ def test_values_get_the_type_of_their_field(overrides):
         ("train.train_iters=null", "expected int"),
         ("train.eval_interval=x", "expected int or null"),
         ("mixed_precision.bf16=1", "expected bool"),
+        ("model.params_dtype=float16", "follows from another setting: give mixed_precision, such as"),
         ("dataset.blend=a", r"expected list\[object\]"),
         ("profiling.profile_ranks=[true]", r"expected list\[int\]"),
     ],
