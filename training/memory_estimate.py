@@ -16,7 +16,7 @@ from bridge.pipeline_split import layers_of_stage
 from bridge.provider import GPTModelProvider
 from training.config import ConfigContainer
 
-MASTER_AND_MOMENTS = 12  # bytes a parameter: float32 master weight and Adam's two moments
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 # Parameters of which every tensor-parallel rank has a whole copy.
 REPLICATED = re.compile(
     r"layer_?norm|enorm|hnorm|router|q_down_proj|gate_weight|linear_proj\.bias|linear_fc2\.bias"
@@ -96,7 +96,7 @@ def estimate_memory(config: ConfigContainer, world_size: int, size: ModelSize | 
 def stage_memory(config: ConfigContainer, world_size: int, size: ModelSize, stage: int) -> RankMemory:
     """Return the peak of one pipeline stage."""
     parameters = stage_parameters(config.model, size, stage)
-    weight_bytes = 2 if config.mixed_precision.params_dtype != "float32" else 4
+    weight_bytes = BYTES[config.mixed_precision.params_dtype]
     gradient_bytes = 4 if config.mixed_precision.grad_reduce_in_fp32 else weight_bytes
     last = stage == config.model.pipeline_model_parallel_size - 1
     return RankMemory(
@@ -124,9 +124,17 @@ def optimizer_bytes(config: ConfigContainer, parameters: Parameters, world_size:
         expert_tensor_size(model) * model.expert_model_parallel_size * model.pipeline_model_parallel_size
     )
     expert_copies = max(1, world_size // expert_ranks)
-    return MASTER_AND_MOMENTS * (
-        -(-parameters.dense // dense_copies) + -(-parameters.expert // expert_copies)
-    )
+    own = -(-parameters.dense // dense_copies) + -(-parameters.expert // expert_copies)
+    return math.ceil(own * bytes_per_parameter(config))
+
+
+def bytes_per_parameter(config: ConfigContainer) -> float:
+    """Return those of master weight, which weights in float32 are themselves, and moments on the GPU."""
+    optimizer, is_whole = config.optimizer, config.mixed_precision.params_dtype == "float32"
+    master = 0 if is_whole else BYTES[optimizer.main_params_dtype]
+    moments = BYTES[optimizer.exp_avg_dtype] + BYTES[optimizer.exp_avg_sq_dtype]
+    share = 1 - optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 1
+    return share * (master + moments)
 
 
 def expert_tensor_size(model: GPTModelProvider) -> int:
@@ -159,6 +167,7 @@ def stage_activations(config: ConfigContainer, world_size: int, stage: int) -> i
     model, layers = config.model, layers_of_stage(config.model, stage)
     in_flight = microbatches_in_flight(config, world_size, stage)
     tokens = config.train.micro_batch_size * model.seq_length // model.context_parallel_size
+    tokens *= BYTES[config.mixed_precision.params_dtype] // 2  # what is counted has 16 bits
     fp8 = config.mixed_precision.fp8 is not None
     have_experts = model.moe_layers
     each = {moe: tokens * layer_activations(model, moe=moe, fp8=fp8) for moe in set(have_experts)}

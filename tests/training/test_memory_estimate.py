@@ -51,6 +51,29 @@ def test_ranks_share_the_parameters_out(tensor: int, pipeline: int) -> None:
     assert held == 8_030_261_248 + norms * (tensor - 1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "bytes_a_parameter"),
+    [
+        ({}, 12),
+        ({"mixed_precision": "fp32"}, 8),
+        ({"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "uint8"}, 7),
+        ({"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.75}, 3),
+    ],
+)
+def test_the_optimizer_takes_what_its_types_and_the_host_leave(
+    settings: dict[str, object], bytes_a_parameter: int
+) -> None:
+    made = config(**settings)
+    one = estimate_memory(made, 1)
+    parameters = one.weights // (4 if made.mixed_precision.params_dtype == "float32" else 2)
+    assert one.optimizer == bytes_a_parameter * parameters
+
+
+def test_activations_in_fp32_have_twice_the_bytes() -> None:
+    half, whole = (estimate_memory(config(mixed_precision=name), 8) for name in ("bf16_mixed", "fp32"))
+    assert whole.activations == 2 * half.activations
+
+
 @pytest.mark.parametrize("settings", [{}, {"recompute_granularity": "full", "recompute_method": "uniform"}])
 def test_twice_the_batch_takes_twice_the_activations(settings: dict[str, str]) -> None:
     small, large = (estimate_memory(config(micro_batch_size=size, **settings), 8) for size in (1, 2))
