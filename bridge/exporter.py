@@ -20,6 +20,7 @@ from bridge.hf_checkpoint import CONFIG, INDEX
 from bridge.hf_view import HfView, ViewedTensor
 from bridge.megatron_checkpoint import MegatronCheckpoint
 from bridge.memory import DEFAULT_LIMIT, MemoryLimit
+from bridge.refused_files import refused_files
 from bridge.shard_plan import Shard, create_shard, plan_shards, write_index
 from bridge.sizes import parse_size
 from bridge.staging import Journal, resumable_folder
@@ -28,6 +29,7 @@ from bridge.torch_dist.metadata import METADATA
 MAX_RANGE_SIZE = 32 << 20  # bytes that a worker copies at a time
 
 
+@refused_files()
 def export_checkpoint(
     megatron_path: str | Path,
     hf_path: str | Path,

@@ -9,6 +9,7 @@ from typing import Any
 from bridge.contained_path import check_contained, contained_file
 from bridge.errors import CheckpointError
 from bridge.quantization import HfTensor, QuantizedTensor, dequantized
+from bridge.refused_files import refused_files
 from bridge.shard_header import TensorSlice, read_json_object, read_safetensors
 
 CONFIG = "config.json"
@@ -44,6 +45,7 @@ class HfCheckpoint:
     """By name; a quantised tensor is what it stands for, its scales are no tensor of their own."""
 
     @classmethod
+    @refused_files()
     def open(cls, path: str | Path) -> "HfCheckpoint":
         """Read config, index and shard headers of `path`; anything wrong is a CheckpointError."""
         folder = Path(path)
@@ -61,6 +63,7 @@ class HfCheckpoint:
         return side_files(self.path)
 
 
+@refused_files()
 def read_config(folder: Path) -> dict[str, Any]:
     """Read `config.json` of a checkpoint folder."""
     if not folder.is_dir():

@@ -17,6 +17,7 @@ from bridge.mapping import WeightPlan
 from bridge.megatron_checkpoint import write_model
 from bridge.memory import DEFAULT_LIMIT, MemoryLimit
 from bridge.quantization import stored_slices
+from bridge.refused_files import refused_files
 from bridge.staging import resumable_folder
 from bridge.stored_dtypes import stored_dtypes
 from bridge.torch_dist.items import object_item
@@ -26,6 +27,7 @@ from bridge.torch_dist.metadata import Place, StoredTensor, TorchDistMetadata, w
 WITHOUT_EXTRA_STATE = ("embedding.word_embeddings", "output_layer", "mlp.router")
 
 
+@refused_files()
 def import_checkpoint(
     hf_path: str | Path,
     megatron_path: str | Path,

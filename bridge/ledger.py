@@ -18,6 +18,7 @@ from bridge.hf_view import HfView
 from bridge.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
 from bridge.memory import MAX_PART_SIZE
 from bridge.quantization import HfTensor, stored_slices
+from bridge.refused_files import refused_files
 from bridge.shard_header import TensorSlice
 
 EQUAL, DIFFERENT, ONLY_A, ONLY_B = "equal", "different", "only in a", "only in b"
@@ -91,6 +92,7 @@ class LedgerComparison:
         return tuple(row.name for row in self.rows if row.state == state)
 
 
+@refused_files()
 def ledger(
     path: str | Path,
     *,

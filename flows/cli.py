@@ -10,6 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from bridge.errors import BridgeworksError, StoppedError
+from bridge.refused_files import refused_files
 from flows import audit, data
 from flows.local_path import read_here, written_here
 from flows.options import (
@@ -64,7 +65,8 @@ def main() -> None:
     """Run the command: exit code 0 done, 1 a gate or a job failed, 2 bad input, 75 stopped and saved."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        with refused_files():
+            sys.exit(app(standalone_mode=False) or 0)
     except typer.TyperException as error:
         print(f"error: {_one_line(error.format_message())}", file=sys.stderr)
         sys.exit(error.exit_code)
