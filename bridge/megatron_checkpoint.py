@@ -24,6 +24,7 @@ from bridge.key_forms import as_stored
 from bridge.mapping import WeightPlan
 from bridge.megatron_arguments import check_arguments, padding_of, provider_from_arguments, read_arguments
 from bridge.provider import GPTModelProvider
+from bridge.refused_files import refused_files
 from bridge.torch_dist.metadata import METADATA, SHARED_OBJECT, Place, TorchDistMetadata, read_metadata
 from bridge.vocab_padding import VocabPadding
 
@@ -62,6 +63,7 @@ class MegatronCheckpoint:
     padding: VocabPadding
 
     @classmethod
+    @refused_files()
     def open(
         cls, path: str | Path, config_from: str | Path | None = None, family: str | None = None
     ) -> "MegatronCheckpoint":
@@ -151,11 +153,16 @@ def resolve_checkpoint(path: Path) -> Path:
         raise CheckpointError(
             f"{path} has neither {METADATA} nor {LATEST}: give a Megatron checkpoint's folder"
         )
-    latest = (path / LATEST).read_text().strip()
+    latest = (path / LATEST).read_text(errors="replace").strip()
     # Megatron-LM writes a number, or "release" for weights that were converted and not trained.
     name = f"iter_{int(latest):07d}" if re.fullmatch("[0-9]+", latest) else "release"
-    if (name == "release") != (latest == "release") or not (path / name / METADATA).is_file():
+    if (name == "release") != (latest == "release") or not (path / name).is_dir():
         raise CheckpointError(f"{path / LATEST} says {latest[:40]!r}, but {path} holds no such checkpoint")
+    if not (path / name / METADATA).is_file():
+        raise CheckpointError(
+            f"{path / name} has no {METADATA}: it is not complete, or of another format than torch_dist, in"
+            " which Megatron-LM saves with --ckpt-format torch_dist"
+        )
     return path / name
 
 

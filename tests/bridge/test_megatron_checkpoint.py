@@ -40,12 +40,19 @@ def test_a_description_is_taken_over(megatron_checkpoint: Checkpoints, tmp_path:
     assert names == {"config.json", "generation_config.json"}
 
 
-@pytest.mark.parametrize("latest", ["7", "../5", "release", "", "5\n6", "٥"])
-def test_refuses_a_latest_that_is_not_there(latest: str, training_run: Path, tmp_path: Path) -> None:
-    (tmp_path / LATEST).write_text(latest)
+@pytest.mark.parametrize("latest", ["7", "../5", "release", "", "5\n6", "٥", b"\xff"])
+def test_refuses_a_latest_that_is_not_there(latest: str | bytes, training_run: Path, tmp_path: Path) -> None:
+    (tmp_path / LATEST).write_bytes(latest.encode() if isinstance(latest, str) else latest)
     (tmp_path / "iter_0000005").symlink_to(training_run / "iter_0000005")
     assert is_megatron_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="holds no such checkpoint"):
+        resolve_checkpoint(tmp_path)
+
+
+def test_refuses_the_older_formats_of_megatron_lm(tmp_path: Path) -> None:
+    (tmp_path / LATEST).write_text("5")
+    (tmp_path / "iter_0000005" / "mp_rank_00").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"iter_0000005 has no \.metadata.*--ckpt-format torch_dist"):
         resolve_checkpoint(tmp_path)
 
 
