@@ -15,10 +15,10 @@ from bridge.agreement import on_first_rank
 from bridge.byte_copy import Progress
 from bridge.conversion import Conversion
 from bridge.dtypes import check_weight_dtype
-from bridge.errors import CheckpointError, ConfigError, UnsupportedModelError
+from bridge.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
 from bridge.exporter import export_checkpoint
 from bridge.families import families, family_of, provider_of
-from bridge.hf_checkpoint import CONFIG, HfCheckpoint, read_config
+from bridge.hf_checkpoint import CONFIG, INDEX, HfCheckpoint, read_config
 from bridge.importer import import_checkpoint
 from bridge.pretrained import read_model, resolve_pretrained
 from bridge.progress_bar import progress_bar
@@ -28,6 +28,8 @@ from bridge.shared_folder import shared_folder
 
 # What a hub repository has that a bridge reads: no code, and no weights in other formats.
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+
+WEIGHTS = (".safetensors", INDEX)
 
 Model = Sequence[torch.nn.Module]
 Dtype: TypeAlias = str | torch.dtype
@@ -63,7 +65,7 @@ class AutoBridge:
         """Say whether the model in a folder can be converted, its config values included."""
         try:
             provider_of(read_config(Path(path)))
-        except (CheckpointError, UnsupportedModelError):
+        except InputError:
             return False
         return True
 
@@ -143,8 +145,10 @@ class AutoBridge:
         """Write a model's weights as safetensors shards into an existing folder.
 
         The first rank writes them, and holds a bucket and two tensors at a time. `progress(done, total)` is
-        called with bytes; by default a person who watches sees a bar.
+        called with bytes; by default a person who watches sees a bar. A folder that holds weights is an
+        InputError.
         """
+        on_first_rank(lambda: check_without_weights(Path(path)))
         live_weights.write_weights(self._hf_weights(model, dtype), Path(path), max_shard_size, progress)
 
     def _hf_weights(self, model: Model, dtype: Dtype | None) -> live_weights.HfWeights:
@@ -200,6 +204,14 @@ class AutoBridge:
         model = provider.provide_distributed_model(**options, perform_initialization=False)
         live_checkpoint.load_checkpoint(model, folder)
         return model
+
+
+def check_without_weights(folder: Path) -> None:
+    """Refuse a folder with weights: readers take a single file rather than shards, whichever is newer."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: make it, or let save_hf_pretrained make one")
+    if found := sorted(path.name for path in folder.iterdir() if path.name.endswith(WEIGHTS)):
+        raise InputError(f"{folder} holds weights already, {found[0]}: remove them or give another folder")
 
 
 class ProviderWithWeights(GPTModelProvider):

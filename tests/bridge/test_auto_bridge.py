@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bridge import AutoBridge, distributed
-from bridge.errors import CheckpointError, ConfigError, CoverageError, UnsupportedModelError
+from bridge.errors import CheckpointError, ConfigError, CoverageError, InputError, UnsupportedModelError
 from bridge.families import families
 from bridge.ledger import compare_ledgers, ledger
 
@@ -139,6 +139,19 @@ def test_a_model_with_other_tensors_than_its_family_is_refused(
         provider.provide_distributed_model(wrap_with_ddp=False)
 
 
+def test_weights_are_not_saved_beside_others(hf_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers would read the single file that was there before, rather than the shards."""
+    bridge = AutoBridge.from_hf_pretrained(hf_checkpoint("llama"))
+    model = bridge.to_megatron_model(wrap_with_ddp=False)
+    with pytest.raises(InputError, match="is no folder"):
+        bridge.save_hf_weights(model, tmp_path / "saved")
+    (tmp_path / "saved").mkdir()
+    bridge.save_hf_weights(model, tmp_path / "saved")
+    with pytest.raises(InputError, match=r"holds weights already, model\.safetensors"):
+        bridge.save_hf_weights(model, tmp_path / "saved", max_shard_size="100KB")
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["model.safetensors"]
+
+
 def test_bridge_from_a_config_has_no_weights() -> None:
     config = LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=100)
     bridge = AutoBridge.from_hf_config(config)
@@ -152,8 +165,9 @@ def test_supported_models(hf_checkpoint: Callable[..., Path], tmp_path: Path) ->
     assert "LlamaForCausalLM" in AutoBridge.list_supported_models()
     folder = copy_checkpoint(hf_checkpoint("llama"), tmp_path / "copy")
     assert AutoBridge.can_handle(folder)
-    edit_json(folder / "config.json", model_type="never_heard_of")
-    assert not AutoBridge.can_handle(folder)
+    for change in {"num_key_value_heads": 3}, {"num_hidden_layers": -1}, {"model_type": "never_heard_of"}:
+        edit_json(folder / "config.json", **change)
+        assert not AutoBridge.can_handle(folder)
 
 
 def test_code_of_a_checkpoint_is_refused_unless_asked_for(
