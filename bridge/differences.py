@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from bridge.gates import LogitsMetrics
+from bridge.job import finite
 from bridge.prompts import Prompts
 from bridge.trace import LOGITS, TraceFolder
 
@@ -114,4 +115,4 @@ def by_layer(rows: list[Row], metric: str) -> list[float]:
 def write_table(rows: list[Row], path: str | None) -> None:
     """Write rows as JSON lines, if a file is asked for."""
     if path is not None:
-        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        Path(path).write_text("".join(json.dumps(finite(row)) + "\n" for row in rows))

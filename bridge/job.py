@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -59,6 +60,15 @@ def write_json(path: Path, value: Any) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
     beside.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """Return JSON values with null for numbers that are none or infinite, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def failure(error: BaseException, exit_code: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bridge.distributed import DEFAULT_SEED
 from bridge.errors import InputError
 from bridge.megatron_checkpoint import side_folder
 
@@ -22,13 +21,29 @@ def prompts_of(config: dict[str, Any], vocab_size: int) -> Prompts:
         folders = [config["a"], config["b"], config.get("config_from")]
         prompts = read_prompts(Path(config["prompts_file"]), [Path(folder) for folder in folders if folder])
     if prompts is None:
+        from bridge.distributed import DEFAULT_SEED  # torch: a file is checked without it
+
         shape = (config.get("num_prompts", 4), config.get("prompt_length", 64))
         prompts = random_prompts(*shape, vocab_size, config.get("seed", DEFAULT_SEED))
+    check_tokens(prompts, vocab_size)
+    return prompts
+
+
+def check_prompts(file: Path, ends: list[Path], vocab_size: int) -> None:
+    """Refuse a file of prompts as `prompts_of` does, but without a look at the tokens of its text."""
+    prompts = read_file(file)
+    if isinstance(prompts, str):
+        tokenizer_folder(ends)
+        check_tokens([[0] for line in lines_of(prompts)], vocab_size)
+    else:
+        check_tokens(prompts, vocab_size)
+
+
+def check_tokens(prompts: Prompts, vocab_size: int) -> None:
     if not prompts or not all(prompts):
         raise InputError("there are no prompts to compare: give lists of token ids, or lines of text")
     if outside := [token for prompt in prompts for token in prompt if not 0 <= token < vocab_size]:
         raise InputError(f"token {outside[0]} of a prompt is outside the vocabulary of {vocab_size}")
-    return prompts
 
 
 def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> Prompts:
@@ -41,12 +56,25 @@ def random_prompts(count: int, length: int, vocab_size: int, seed: int) -> Promp
 
 def read_prompts(file: Path, ends: list[Path]) -> Prompts:
     """Read a JSON file of lists of token ids, or a text file with a prompt a line."""
+    prompts = read_file(file)
+    return tokenized(lines_of(prompts), ends) if isinstance(prompts, str) else prompts
+
+
+def lines_of(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def read_file(file: Path) -> Prompts | str:
+    """Return the token ids of a JSON file, or another one's text; what is neither is an InputError."""
     if not file.is_file():
         raise InputError(f"no such file of prompts: {file}")
-    if file.suffix != ".json":
-        return tokenized([line for line in file.read_text().splitlines() if line.strip()], ends)
     try:
-        prompts = json.loads(file.read_text())
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".json":
+            return text
+        prompts = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text: {error}") from error
     except ValueError as error:
         raise InputError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(prompts, list) or not all(map(is_prompt, prompts)):
@@ -62,10 +90,20 @@ def tokenized(lines: list[str], ends: list[Path]) -> Prompts:
     """Turn lines of text into token ids by the tokenizer of the first end that has one."""
     from transformers import AutoTokenizer
 
+    folder = tokenizer_folder(ends)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises nearly anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise InputError(f"transformers cannot load the tokenizer of {folder}: {reason}") from error
+    return [tokenizer(line)["input_ids"] for line in lines]
+
+
+def tokenizer_folder(ends: list[Path]) -> Path:
+    """Return the folder of the first end that has a tokenizer."""
     for folder in map(side_folder, ends):
         if any(folder.glob("tokenizer*")):
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            return [tokenizer(line)["input_ids"] for line in lines]
+            return folder
     raise InputError(
         "neither end has a tokenizer for prompts of text: give a .json file with lists of token ids"
     )

@@ -14,9 +14,12 @@ from bridge.ends import GivenModel, describe, given_for, is_described
 from bridge.errors import InputError
 from bridge.gates import check_dtype, place_of
 from bridge.hf_checkpoint import HfCheckpoint
-from bridge.job import write_json
+from bridge.job import finite, write_json
 from bridge.megatron_checkpoint import MegatronCheckpoint, is_megatron_checkpoint
+from bridge.prompts import check_prompts
+from bridge.provider import GPTModelProvider
 from flows.console import print_json, print_table
+from flows.options import Gate
 from tasks.errors import JobError
 from tasks.gates import (
     LEDGER,
@@ -70,13 +73,16 @@ def compare(
     given = given_for(a, b, config_from.absolute() if config_from else None, family)
     if "logits" in gates:
         check_sizes((a, b), settings, given)
+        check_prompts_file((a, b), settings, given)
+    elif picture:
+        raise InputError("--picture draws what the gate logits measures: leave out --only")
     check_places(report, picture)
     with scratch_folder() as folder:
         verdicts = judge(a, b, settings, dtypes, gates, folder, given)
         passed = all(each["passed"] for each in verdicts)
         result = {"passed": passed, "a": str(a), "b": str(b), "gates": verdicts}
         keep(result, folder, dtypes, report, picture)
-    show(result, as_json)
+    show(result, as_json, gates)
     if not passed:
         raise typer.Exit(1)
 
@@ -162,10 +168,20 @@ def check_places(report: Path | None, picture: Path | None) -> None:
 def check_sizes(ends: tuple[Path, Path], settings: dict[str, Any], given: GivenModel) -> None:
     """Refuse a layout that a Megatron end cannot have, before a job is started."""
     for end in filter(is_megatron_checkpoint, ends):
-        # contradictions to another folder are for the gates to tell
-        described = end if is_described(end) else given.config_from or end
-        check_layout.laid_out(describe(described, given), settings).finalize()
+        check_layout.laid_out(model_of(end, given), settings).finalize()
     check_gpus(check_layout.num_ranks(settings), "--tp, --pp and --ep")
+
+
+def model_of(end: Path, given: GivenModel) -> GPTModelProvider:
+    """Describe an end's model; contradictions to another folder are for the gates to tell."""
+    return describe(end if is_described(end) else given.config_from or end, given)
+
+
+def check_prompts_file(ends: tuple[Path, Path], settings: dict[str, Any], given: GivenModel) -> None:
+    """Refuse a file of prompts that cannot be used, before anything is measured."""
+    if settings["prompts_file"]:
+        folders = [*ends, *([given.config_from] if given.config_from else [])]
+        check_prompts(Path(settings["prompts_file"]), folders, model_of(ends[0], given).vocab_size)
 
 
 def keep(
@@ -173,9 +189,9 @@ def keep(
 ) -> None:
     """Copy what was asked for: the verdicts to a .json file, or all with tables and pictures to a folder."""
     if report and report.suffix == ".json":
-        write_json(report.absolute(), result)
+        write_json(report.absolute(), finite(result))
     elif report:
-        write_json(report.absolute() / REPORT, result)
+        write_json(report.absolute() / REPORT, finite(result))
         for file in (path for path in folder.rglob("*") if path.suffix in (".csv", ".jsonl", ".png")):
             target = report / file.relative_to(folder)
             target.parent.mkdir(exist_ok=True)
@@ -185,7 +201,7 @@ def keep(
         shutil.copyfile(drawn[0], picture)
 
 
-def show(result: dict[str, Any], as_json: bool) -> None:
+def show(result: dict[str, Any], as_json: bool, gates: set[str]) -> None:
     if as_json:
         print_json(result)
         return
@@ -197,7 +213,15 @@ def show(result: dict[str, Any], as_json: bool) -> None:
     for gate in result["gates"]:
         if "num_layers" in gate:
             print(where_they_part(gate, result["gates"]))
-    print("the two are the same model" if result["passed"] else "the two are NOT the same model")
+    print(conclusion(result["passed"], gates))
+
+
+def conclusion(passed: bool, gates: set[str]) -> str:
+    """Say in words what the gates that were asked for have shown."""
+    left_out = [gate for gate in Gate if gate not in gates]
+    if passed and left_out:
+        return f"the two agree in {' and '.join(gates)}; {' and '.join(left_out)} were not compared"
+    return "the two are the same model" if passed else "the two are NOT the same model"
 
 
 def where_they_part(hidden: Verdict, gates: list[Verdict]) -> str:

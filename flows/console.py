@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from bridge.job import finite
+
 PLAIN_SECONDS = 10.0  # between two lines of progress in a log
 Progress = Callable[[float, float], None]
 
@@ -17,7 +19,7 @@ def person_watches() -> bool:
 
 def print_json(value: Any) -> None:
     """Print one JSON document for a script."""
-    print(json.dumps(value, indent=1, sort_keys=True, default=str))
+    print(json.dumps(finite(value), indent=1, sort_keys=True, default=str))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str = "") -> None:

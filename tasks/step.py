@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bridge.job import write_json
+from bridge.job import finite, write_json
 from tasks.artifact import Artifact, Kind
 from tasks.code_version import code_record, code_version
 from tasks.launch import launch
@@ -93,7 +93,7 @@ class StepContext:
 
     def keep(self, name: str, value: Any) -> Path:
         """Write JSON to this step's folder of the run, where it outlives a failing step; return its path."""
-        write_json(self.folder / name, value)
+        write_json(self.folder / name, finite(value))
         return self.folder / name
 
     def launch(

@@ -41,6 +41,20 @@ def test_file_of_something_else_is_refused(content: str, tmp_path: Path) -> None
         from_file(tmp_path / "prompts.json", tmp_path)
 
 
+def test_file_of_other_bytes_is_refused(tmp_path: Path) -> None:
+    for name in ("prompts.json", "prompts.txt"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(InputError, match=f"{name} is not UTF-8 text"):
+            from_file(tmp_path / name, tmp_path)
+
+
+def test_a_damaged_tokenizer_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "prompts.txt").write_text("the cat sat\n")
+    with pytest.raises(InputError, match=r"cannot load the tokenizer of .*"):
+        from_file(tmp_path / "prompts.txt", tmp_path)
+
+
 def test_lines_of_text_go_through_the_tokenizer_of_the_checkpoint(tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "cat": 2, "sat": 3}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
