@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from bridge.errors import UnsupportedModelError
 from bridge.provider import DTYPES, GPTModelProvider
-from bridge.value_types import Count, by_name, first_misfit, shown
+from bridge.value_types import Count, Layers, by_name, first_misfit, shown
 
 REQUIRED = object()
 Config = Map[str, Any]
@@ -70,7 +70,8 @@ class Field(ConfigRule):
 
     @property
     def value_types(self) -> Map[str, Any]:  # type: ignore[override]
-        kind = FIELD_TYPES[self.field]
+        # what rules count with before the model as a whole is checked
+        kind = Layers if self.field == "num_layers" else FIELD_TYPES[self.field]
         return dict.fromkeys(self.keys, kind | None if self.default_key else kind)
 
     @property

@@ -177,6 +177,11 @@ class GPTModelProvider:
         return [bool(number) for number in self.moe_layer_freq]
 
     @property
+    def num_expert_layers(self) -> int:
+        """Experts of all layers, or the layers, if they have none: the plan of the weights grows with it."""
+        return (self.num_layers + (self.mtp_num_layers or 0)) * max(1, self.num_moe_experts or 1)
+
+    @property
     def homogeneous_layers(self) -> bool:
         """Say whether Megatron saves all layers as one tensor with a leading axis.
 
@@ -217,6 +222,12 @@ class GPTModelProvider:
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}: give a positive number")
+        if self.num_expert_layers > MAX_EXPERT_LAYERS:
+            raise ConfigError(
+                f"model.num_layers is {self.num_layers}, model.mtp_num_layers {self.mtp_num_layers} and"
+                f" model.num_moe_experts {self.num_moe_experts}: at most {MAX_EXPERT_LAYERS} experts in all"
+                " layers together are allowed"
+            )
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"model.num_attention_heads {self.num_attention_heads} is not divisible by"
@@ -286,6 +297,8 @@ class GPTModelProvider:
         return provide_distributed_model(self, **options)
 
 
+# Kimi K2 has 23,424. A wrong number must not take all memory, for a plan of weights that are not there.
+MAX_EXPERT_LAYERS = 250_000
 SIZES = (
     "num_layers",
     "hidden_size",

@@ -8,6 +8,9 @@ from typing import Any, NewType, Union
 UNIONS = (Union, types.UnionType)
 Count = NewType("Count", int)
 """A whole number of 1 or more."""
+Layers = NewType("Layers", int)
+"""A number of layers: 1 to MAX_LAYERS."""
+MAX_LAYERS = 10_000  # a list with an entry for each is small
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -19,6 +22,8 @@ def fits(value: Any, kind: Any) -> bool:
         return True
     if origin is Count:
         return fits(value, int) and value >= 1
+    if origin is Layers:
+        return fits(value, Count) and value <= MAX_LAYERS
     if origin is tuple:
         return isinstance(value, list | tuple) and len(value) == len(items) and all(map(fits, value, items))
     # A bool is an int to Python only.
@@ -43,6 +48,8 @@ def shown(kind: Any) -> str:
         return "null"
     if origin is Count:
         return "an int of 1 or more"
+    if origin is Layers:
+        return f"an int of 1 to {MAX_LAYERS}"
     if origin is tuple:
         return f"[{', '.join(map(shown, items))}]"
     if origin is dict:
