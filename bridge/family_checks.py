@@ -1,5 +1,8 @@
 """What the test suite holds each family to: tests/bridge takes its cases from here, `families` shows it."""
 
+import pkgutil
+
+from bridge.families import __path__ as own_folder
 from bridge.families import families
 from bridge.family import Family
 
@@ -26,6 +29,11 @@ def checks_of(family: Family) -> dict[str, str]:
     """Return every check of a family by name, and where it runs: CPU, or GPU if there only."""
     names = (*CONVERSION, *layouts_of(family))
     return {name: GPU if name in family.needs_gpu else CPU for name in names}
+
+
+def is_ours(family: Family) -> bool:
+    """Say whether a family is of this tree, whose suite tests it; others come with tests of their own."""
+    return family.model_type in {module.name for module in pkgutil.iter_modules(own_folder)}
 
 
 def families_with(check: str, where: str = CPU) -> list[str]:

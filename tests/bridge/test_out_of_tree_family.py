@@ -38,11 +38,20 @@ def environment(package: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 def test_it_is_one_of_the_families(environment: dict[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "flows.cli", "families", "--json"]
-    found = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
-    families = {family["model_type"]: family for family in json.loads(found.stdout)}
+    command = [sys.executable, "-m", "flows.cli", "families"]
+
+    def run(*options: str) -> str:
+        program, environ = [*command, *options], environment
+        return subprocess.run(
+            program, cwd=tmp_path, env=environ, check=True, capture_output=True, text=True
+        ).stdout
+
+    families = {family["model_type"]: family for family in json.loads(run("--json"))}
     assert families["seed_oss"]["architecture"] == "SeedOssForCausalLM"
-    assert "llama" in families
+    assert "weights" in families["llama"]["checks"]
+    # our suite has not tested it
+    assert families["seed_oss"]["checks"] == {}
+    assert re.search(r"^seed_oss .* by its own package$", run(), re.MULTILINE)
 
 
 def test_its_own_test_passes(environment: dict[str, str], package: Path) -> None:
