@@ -15,6 +15,7 @@ from bridge.agreement import on_first_rank
 from bridge.byte_copy import Progress
 from bridge.conversion import Conversion
 from bridge.dtypes import check_weight_dtype
+from bridge.ends import is_described
 from bridge.errors import CheckpointError, ConfigError, InputError, UnsupportedModelError
 from bridge.exporter import export_checkpoint
 from bridge.families import families, family_of, provider_of
@@ -25,6 +26,7 @@ from bridge.progress_bar import progress_bar
 from bridge.provider import GPTModelProvider
 from bridge.same_model import check_same_model
 from bridge.shared_folder import shared_folder
+from bridge.sizes import Size
 
 # What a hub repository has that a bridge reads: no code, and no weights in other formats.
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
@@ -77,11 +79,22 @@ class AutoBridge:
     @classmethod
     def import_ckpt(cls, hf_path: str | Path, megatron_path: str | Path, **options: Any) -> Conversion:
         """Convert a Hugging Face folder or hub repository on disk; options are `import_checkpoint`'s."""
+        options["dtype"] = dtype_name(options.get("dtype"))
         with progress_bar("importing", options.pop("progress", None)) as progress:
             return import_checkpoint(local_folder(hf_path), megatron_path, progress=progress, **options)
 
     def export_ckpt(self, megatron_path: str | Path, hf_path: str | Path, **options: Any) -> Conversion:
-        """Convert a Megatron checkpoint on disk; options are `export_checkpoint`'s."""
+        """Convert a Megatron checkpoint on disk; options are `export_checkpoint`'s.
+
+        One of plain Megatron-LM, which has no config, gets this bridge's unless an option says another.
+        """
+        options["dtype"] = dtype_name(options.get("dtype"))
+        if (
+            self.checkpoint
+            and not is_described(Path(megatron_path))
+            and not options.keys() & {"config_from", "family"}
+        ):
+            options["config_from"] = self.checkpoint.path
         with progress_bar("exporting", options.pop("progress", None)) as progress:
             return export_checkpoint(megatron_path, hf_path, progress=progress, **options)
 
@@ -137,7 +150,7 @@ class AutoBridge:
         self,
         model: Model,
         path: str | Path,
-        max_shard_size: str = "5GB",
+        max_shard_size: Size = "5GB",
         *,
         dtype: Dtype | None = None,
         progress: Progress | None = None,
@@ -160,7 +173,7 @@ class AutoBridge:
         self,
         model: Model,
         path: str | Path,
-        max_shard_size: str = "5GB",
+        max_shard_size: Size = "5GB",
         *,
         dtype: Dtype | None = None,
         progress: Progress | None = None,
@@ -229,9 +242,13 @@ class ProviderWithWeights(GPTModelProvider):
 
 def torch_dtype(dtype: Dtype | None) -> torch.dtype | None:
     """Return a dtype given by name or as torch's own, which must be one that weights may have."""
-    name = str(dtype).removeprefix("torch.") if dtype is not None else None
+    name = dtype_name(dtype)
     check_weight_dtype(name)
     return getattr(torch, name) if name else None
+
+
+def dtype_name(dtype: Dtype | None) -> str | None:
+    return str(dtype).removeprefix("torch.") if dtype is not None else None
 
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:

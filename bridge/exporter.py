@@ -22,7 +22,7 @@ from bridge.megatron_checkpoint import MegatronCheckpoint
 from bridge.memory import DEFAULT_LIMIT, MemoryLimit
 from bridge.refused_files import refused_files
 from bridge.shard_plan import Shard, create_shard, plan_shards, write_index
-from bridge.sizes import parse_size
+from bridge.sizes import Size, parse_size
 from bridge.staging import Journal, resumable_folder
 from bridge.torch_dist.metadata import METADATA
 
@@ -35,8 +35,8 @@ def export_checkpoint(
     hf_path: str | Path,
     *,
     workers: int = 2,
-    max_memory: str = DEFAULT_LIMIT,
-    max_shard_size: str = "5GB",
+    max_memory: Size = DEFAULT_LIMIT,
+    max_shard_size: Size = "5GB",
     dtype: str | None = None,
     progress: Progress | None = None,
     config_from: str | Path | None = None,

@@ -13,7 +13,7 @@ from bridge.errors import CheckpointError
 from bridge.hf_checkpoint import INDEX
 from bridge.mapping import Shape
 from bridge.shard_plan import create_shard, plan_shards, write_index
-from bridge.sizes import parse_size
+from bridge.sizes import Size, parse_size
 
 
 class TensorDescription(NamedTuple):
@@ -31,7 +31,7 @@ def write_shards(
     folder: Path,
     weights: Iterable[tuple[str, torch.Tensor]],
     described: Mapping[str, TensorDescription],
-    max_shard_size: str = "5GB",
+    max_shard_size: Size = "5GB",
     counter: ProgressCounter | None = None,
 ) -> None:
     """Write `weights` into `folder`, each to its place when it arrives; all that are `described` must.

@@ -18,6 +18,7 @@ from bridge.megatron_checkpoint import write_model
 from bridge.memory import DEFAULT_LIMIT, MemoryLimit
 from bridge.quantization import stored_slices
 from bridge.refused_files import refused_files
+from bridge.sizes import Size
 from bridge.staging import resumable_folder
 from bridge.stored_dtypes import stored_dtypes
 from bridge.torch_dist.items import object_item
@@ -33,7 +34,7 @@ def import_checkpoint(
     megatron_path: str | Path,
     *,
     workers: int = 2,
-    max_memory: str = DEFAULT_LIMIT,
+    max_memory: Size = DEFAULT_LIMIT,
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> Conversion:

@@ -24,6 +24,7 @@ from bridge.mapping import WeightPlan
 from bridge.progress_bar import progress_bar
 from bridge.provider import GPTModelProvider
 from bridge.shards import blocks_by_tensor, check_model_coverage, gather_boxes, shards_of
+from bridge.sizes import Size
 from bridge.weight_sources import HfSource, WeightSource
 
 CPU_BUCKET_SIZE = 64 << 20
@@ -111,7 +112,7 @@ class HfWeights:
 
 
 def write_weights(
-    weights: HfWeights, folder: Path, max_shard_size: str = "5GB", progress: Progress | None = None
+    weights: HfWeights, folder: Path, max_shard_size: Size = "5GB", progress: Progress | None = None
 ) -> None:
     """Write a model's tensors as safetensors shards, by the first rank; an error of it is raised on all."""
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from bridge.errors import ConfigError
-from bridge.sizes import parse_size
+from bridge.sizes import Size, parse_size
 
 DEFAULT_LIMIT = "1GiB"
 # Of the interpreter and the command line, before a conversion begins.
@@ -25,7 +25,7 @@ class MemoryLimit:
     convert as well.
     """
 
-    def __init__(self, limit: str) -> None:
+    def __init__(self, limit: Size) -> None:
         self.limit = parse_size(limit, "max_memory")
         self._before, self._peak_before = resident_bytes(), peak_bytes()
 

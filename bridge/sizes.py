@@ -4,6 +4,9 @@ import re
 
 from bridge.errors import ConfigError
 
+Size = str | int
+"""A number with a unit, or of bytes."""
+
 SIZE_UNITS = {
     "": 1,
     "KB": 10**3,
@@ -22,9 +25,9 @@ def readable_size(nbytes: float) -> str:
     return f"{nbytes / SIZE_UNITS[unit]:.1f} {unit}"
 
 
-def parse_size(text: str, setting: str) -> int:
-    """Read a size such as "5GB" or "200MiB" in bytes; `setting` names it in errors."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+def parse_size(text: Size, setting: str) -> int:
+    """Read a size such as "5GB", "200MiB" or 1000 in bytes; `setting` names it in errors."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(text).strip())
     if not match or match[2].upper() not in SIZE_UNITS or float(match[1]) <= 0:
         raise ConfigError(f"{setting} is {text!r}: give a number with one of {', '.join(SIZE_UNITS)[2:]}")
     return int(float(match[1]) * SIZE_UNITS[match[2].upper()])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import copy_checkpoint, edit_json
+from plain_checkpoints import ROPE, make_plain_run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -137,6 +138,29 @@ def test_a_model_with_other_tensors_than_its_family_is_refused(
     provider.add_qkv_bias = add_qkv_bias
     with pytest.raises(CoverageError, match=r"linear_qkv\.bias \[\d\], which its family has"):
         provider.provide_distributed_model(wrap_with_ddp=False)
+
+
+def test_conversions_take_dtypes_and_sizes_as_the_other_methods_do(
+    hf_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = hf_checkpoint("llama")
+    AutoBridge.import_ckpt(source, tmp_path / "megatron", dtype=torch.float32, max_memory=10**9)
+    bridge = AutoBridge.from_hf_pretrained(source)
+    exported = tmp_path / "exported"
+    bridge.export_ckpt(tmp_path / "megatron", exported, dtype=torch.bfloat16, max_shard_size=100_000)
+    assert len(list(exported.glob("*.safetensors"))) > 1
+    assert same_weights(source, exported)
+
+
+def test_a_plain_run_of_megatron_lm_is_exported_by_the_bridges_config(
+    hf_checkpoint: Callable[..., Path], megatron_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = hf_checkpoint("llama", **ROPE)
+    run = make_plain_run(megatron_checkpoint("llama", **ROPE), tmp_path / "run")
+    AutoBridge.from_hf_pretrained(source).export_ckpt(run, tmp_path / "exported")
+    assert same_weights(source, tmp_path / "exported")
+    with pytest.raises(ConfigError, match=r"rope_parameters.*trained was"):
+        AutoBridge.from_hf_pretrained(hf_checkpoint("llama")).export_ckpt(run, tmp_path / "other")
 
 
 def test_weights_are_not_saved_beside_others(hf_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from bridge.sizes import parse_size, readable_size
 def test_sizes_have_units() -> None:
     sizes = {"5GB": 5 * 10**9, "1.5 gib": 3 << 29, "100": 100, "200MB": 2 * 10**8}
     assert {text: parse_size(text, "limit") for text in sizes} == sizes
+    assert parse_size(10**9, "limit") == 10**9  # as transformers takes a shard's
 
 
 @pytest.mark.parametrize("text", ["", "GB", "5 apples", "-1GB", "0"])
