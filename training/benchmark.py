@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bridge import distributed
-from bridge.errors import BridgeworksError
+from bridge.errors import BridgeworksError, ConfigError
 from training import gpt_step
 from training.callbacks import Callback, GarbageCollection, MetricsLog, Step, StopOnSignal, metrics_of
 from training.config import ConfigContainer
@@ -32,6 +32,7 @@ from training.profiling import window_callbacks
 from training.setup import Run, iterators, set_up
 from training.throughput import measure_peak, summary
 
+EXAMPLE = "recipes.llama:llama3_8b_pretrain_config"
 SHORTCUTS = {
     "layers": "model.num_layers",
     "seq-length": "model.seq_length",
@@ -89,7 +90,8 @@ def main() -> None:
         config = configure(options, assignments)
         result = measure(config, options.warmup, peak=options.peak)
     except BridgeworksError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     if torch.distributed.get_rank() == 0:
         show(result)
         print(json.dumps(result), flush=True)
@@ -114,7 +116,10 @@ def arguments(values: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def configure(options: argparse.Namespace, assignments: list[str]) -> ConfigContainer:
     """Return the shape's config, in one copy of the model unless told otherwise, for the steps to run."""
-    config: ConfigContainer = Layout().apply(pkgutil.resolve_name(options.shape)())
+    for name, least in (("steps", 1), ("warmup", 0)):
+        if (value := getattr(options, name)) < least:
+            raise ConfigError(f"--{name} is {value}: give {least} or more")
+    config = Layout().apply(shape_named(options.shape))
     config.train.train_iters = options.warmup + options.steps
     config.train.eval_interval = None
     config.scheduler.lr_warmup_iters = 0
@@ -124,6 +129,17 @@ def configure(options: argparse.Namespace, assignments: list[str]) -> ConfigCont
         config.profiling.output = options.profile
         config.profiling.profile_step_start = config.train.train_iters
         config.profiling.profile_step_end = config.train.train_iters + 1
+    return config
+
+
+def shape_named(name: str) -> ConfigContainer:
+    """Call the function with this name, such as module:function; one that is not there is a ConfigError."""
+    try:
+        shape = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{name} names no function: {error}; give one as {EXAMPLE}") from error
+    if not callable(shape) or not isinstance(config := shape(), ConfigContainer):
+        raise ConfigError(f"{name} is no function that returns a config: give one as {EXAMPLE}")
     return config
 
 

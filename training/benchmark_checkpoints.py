@@ -36,7 +36,8 @@ def main() -> None:
     try:
         result = measure(configure(options, assignments), options)
     except BridgeworksError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     if torch.distributed.get_rank() == 0:
         show(result)
         print(json.dumps(result), flush=True)

@@ -38,6 +38,25 @@ def test_arguments_are_overrides():
     assert not config.mixed_precision.bf16
     with pytest.raises(ConfigError, match=r"did you mean 'optimizer.lr'"):
         configure("optimizer.rl=1")
+    with pytest.raises(ConfigError, match="--steps is 0: give 1 or more"):
+        configure("--steps", "0")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("llama3_8b_pretrain_config", "names no function: No module named"),
+        ("recipes.llama:llama9_pretrain_config", "names no function: module 'recipes.llama' has no"),
+        (
+            "recipes.llama:SIZE_1B",
+            "is no function that returns a config: give one as recipes.llama:llama3_8b",
+        ),
+        ("recipes.registry:all_recipes", "is no function that returns a config"),
+    ],
+)
+def test_shapes_that_are_none(shape, message):
+    with pytest.raises(ConfigError, match=message):
+        benchmark.configure(*benchmark.arguments([shape]))
 
 
 @pytest.fixture(scope="module")
