@@ -66,6 +66,7 @@ def compare(
     `config_from` and `family` describe ends of plain Megatron-LM; without them the other end does.
     """
     a, b = a.absolute(), b.absolute()
+    dtypes = list(dict.fromkeys(dtypes))
     for dtype in dtypes:
         check_dtype(dtype)
     for end in (a, b):

@@ -126,8 +126,8 @@ def test_import_and_export(hf: Path, tmp_path: Path) -> None:
 
 def test_compare(hf: Path, tmp_path: Path) -> None:
     run("import", hf, tmp_path / "megatron")
-    small = ("--num-prompts", 1, "--prompt-length", 4)
-    same = run("compare", hf, tmp_path / "megatron", *small, "--report", tmp_path / "report")
+    options = ("--num-prompts", 1, "--prompt-length", 4, "--dtype", "float32", "--dtype", "float32")
+    same = run("compare", hf, tmp_path / "megatron", *options, "--report", tmp_path / "report")
     assert same.returncode == 0, same.stderr
     assert "float32: the two agree at every layer and position" in same.stdout
     assert "the two are the same model" in same.stdout
