@@ -221,6 +221,7 @@ def test_secrets_are_refused() -> None:
         "AWS_SECRET_ACCESS_KEY": "swordfish-9",
         "HF_TOKEN": "hf_swordfish",
         "CI_TOKEN": "1",
+        "ID_TOKEN": "no file can be called that " * 20,
         "HOME": "/root",
     }
     refuse_secrets({"a": "one 1 /root"}, environment)
