@@ -117,6 +117,14 @@ def _step(artifact: Artifact) -> dict[str, Any]:
     }
 
 
+def config(spec: ReleaseSpec, artifacts: Artifacts) -> dict[str, Any]:
+    """Return what decides about the release beside its inputs: its name is in the card and the registry."""
+    return {
+        "name": spec.name,
+        **spec.publish.model_dump(include={"destination", "registered_model", "alias"}),
+    }
+
+
 def model_name(spec: ReleaseSpec) -> str:
     return spec.publish.registered_model or spec.name
 
@@ -147,9 +155,7 @@ STEP = Step(
     name="publish",
     kind=Kind.RELEASE,
     needs=("fetch", "build_dataset", "import", "check_import", "train", "export", "verify"),
-    config=lambda spec, artifacts: spec.publish.model_dump(
-        include={"destination", "registered_model", "alias"}
-    ),
+    config=config,
     build=build,
     sources=(__name__, "tasks.model_card", "tasks.release"),
     check=delivered,

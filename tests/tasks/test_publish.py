@@ -11,6 +11,7 @@ from tasks import publish
 from tasks.artifact import Kind, Store
 from tasks.audit import verify_release
 from tasks.errors import StoreError
+from tasks.plan import changes
 from tasks.release import CARD, LOSS_CURVE, RELEASE, parse_release
 from tasks.spec import ReleaseSpec, parse_spec
 from tasks.step import Artifacts, RunRecord, StepContext
@@ -166,3 +167,13 @@ def test_a_secret_is_never_published(
         assert b"averysecret" not in content
         assert b"an-unused-secret" not in content
     assert json.loads((tmp_path / "release" / RELEASE).read_text())["name"] == "small"
+
+
+def test_another_name_is_another_release(artifacts: Artifacts, tmp_path: Path) -> None:
+    """Its card and its registered model say so; the model itself may be the same."""
+    spec = spec_for(tmp_path)
+    before, after = (
+        publish.STEP.fingerprint_record(each, artifacts)
+        for each in (spec, spec.model_copy(update={"name": "other"}))
+    )
+    assert changes(before, after) == ['config changed: name "small" -> "other"']
