@@ -2,8 +2,10 @@
 
 A folder is filled beside its place and renamed. On S3, release.json is written last and only where there is
 none: a prefix without it is no release, and an interrupted upload goes on with the objects that are missing.
+Each file is read against its digest: the store's may have changed since the gates saw it.
 """
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -12,7 +14,8 @@ from typing import Any
 
 from bridge.errors import InputError
 from tasks.address import Address, call, open_filesystem, parse_address
-from tasks.errors import StoreError
+from tasks.artifact import FileEntry
+from tasks.errors import ArtifactError, StoreError
 from tasks.release import RELEASE, Release, parse_release
 from tasks.spec import ReleaseSpec
 
@@ -87,6 +90,7 @@ def _write_folder(release: Release, files: dict[str, Path], address: Address, on
     for entry in release.files:
         (partial / entry.path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(files[entry.path], partial / entry.path)
+        _check_digest(entry, partial / entry.path, files[entry.path])
         done += entry.bytes
         on_progress(done, release.bytes)
     (partial / RELEASE).write_text(release.to_json())
@@ -109,6 +113,7 @@ def _upload(release: Release, files: dict[str, Path], address: Address, on_progr
         place = address.join(entry.path)
         same_size = present.get(entry.path) == entry.bytes
         if not (same_size and call(filesystem, "metadata", place).get("sha256") == entry.sha256):
+            _check_digest(entry, files[entry.path], files[entry.path])
             _put(filesystem, files[entry.path], place, deadline, Metadata=metadata)
         done += entry.bytes
         on_progress(done, release.bytes)
@@ -121,6 +126,16 @@ def _upload(release: Release, files: dict[str, Path], address: Address, on_progr
         mode="create",
         timeout=_seconds_left(deadline),
     )
+
+
+def _check_digest(entry: FileEntry, copy: Path, original: Path) -> None:
+    with copy.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != entry.sha256:
+        raise ArtifactError(
+            f"{original} has changed since it was made: its sha256 is {digest}, sealed was {entry.sha256};"
+            " remove the folder of its artifact to make it anew"
+        )
 
 
 def _put(filesystem: Any, file: Path, place: str, deadline: float, **options: Any) -> None:

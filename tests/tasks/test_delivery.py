@@ -100,6 +100,20 @@ def test_refuses_a_place_with_other_files(destination: str, tmp_path: Path) -> N
     assert read_release(address) is None
 
 
+def test_a_file_that_has_changed_since_it_was_sealed_is_not_published(
+    destination: str, tmp_path: Path
+) -> None:
+    release, files = make(tmp_path / "made")
+    content = files[NAMES[1]].read_bytes()
+    files[NAMES[1]].write_bytes(b"W" + content[1:])
+    with pytest.raises(ArtifactError, match=r"00001.safetensors has changed since it was made"):
+        deliver(release, files, parse_address(destination))
+    assert read_release(parse_address(destination)) is None
+    files[NAMES[1]].write_bytes(content)
+    deliver(release, files, parse_address(destination))
+    assert verify_release(destination) == []
+
+
 def test_an_interrupted_folder_is_no_release(tmp_path: Path) -> None:
     release, files = make(tmp_path / "made")
     address = parse_address(str(tmp_path / "releases/one"))
