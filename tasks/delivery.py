@@ -26,12 +26,11 @@ Progress = Callable[[int, int], None]
 
 def resolve(destination: str, name: str, digest: str) -> Address:
     """Return the address of a release; `{name}` and `{digest}` (12 hex digits) may stand in `destination`."""
-    try:
-        text = destination.format(name=name, digest=digest[:12])
-    except (KeyError, IndexError, ValueError) as error:
+    text = destination.replace("{name}", name).replace("{digest}", digest[:12])
+    if "{" in text or "}" in text:
         raise InputError(
             f"publish.destination {destination!r}: only {{name}} and {{digest}} may stand in braces"
-        ) from error
+        )
     address = parse_address(text)
     if address.scheme == "hf":
         raise InputError("publish.destination cannot be on the hub: give a folder or s3://bucket/prefix")

@@ -24,7 +24,7 @@ PLACES = (
 class Section(BaseModel):
     """A part of a spec: unknown names are refused, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DType(StrEnum):
@@ -174,11 +174,11 @@ class PublishSpec(Section):
 
     destination: str = Field(min_length=1)
     """A new folder or s3:// prefix; {name} and {digest} may stand in it, so that each release has its own."""
-    registered_model: str | None = None
-    """Name in MLflow's model registry; none takes the release's name."""
+    registered_model: str | None = Field(default=None, pattern=r"^[^/:'\"]*$")
+    """Name in MLflow's model registry, without / : or quotes; none takes the release's name."""
     alias: str = Field(default="released", pattern=r"^[a-z][a-z0-9_-]*$")
     """Alias that the new version gets in the registry; MLflow keeps `latest` and v1, v2, ... for itself."""
-    max_shard_size: str = Field(default="5GB", pattern=r"^[0-9]+(KB|MB|GB)$")
+    max_shard_size: str = Field(default="5GB", pattern=r"^[1-9][0-9]*(KB|MB|GB)$")
     """Largest size of one safetensors file of the released checkpoint."""
 
     @field_validator("alias")
@@ -210,10 +210,11 @@ def load_spec(path: str | Path, overrides: list[str] | None = None) -> ReleaseSp
     """
     file = Path(path)
     try:
-        value = yaml.safe_load(file.read_text())
+        # as JSON has it, with names that are text and nothing that holds itself
+        value = json.loads(json.dumps(yaml.safe_load(file.read_text()), default=str))
     except OSError as error:
         raise SpecError(f"cannot read the spec {file}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise SpecError(f"{file} is neither YAML nor JSON: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
         raise SpecError(
@@ -270,11 +271,13 @@ def override(value: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """Read JSON, since YAML takes 1e-4 for text; anything else as YAML."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return yaml.safe_load(text)
+    """Read JSON, since YAML takes 1e-4 for text; then YAML; what is neither, such as {name}-1, is text."""
+    for read in (json.loads, yaml.safe_load):
+        try:
+            return read(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            continue
+    return text
 
 
 def _number(value: Any) -> Any:

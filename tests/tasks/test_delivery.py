@@ -190,7 +190,13 @@ def test_no_bucket_and_no_credentials_are_bad_input(endpoint: str, monkeypatch: 
 
 def test_placeholders() -> None:
     assert resolve("s3://b/{name}/{digest}", "demo", "a" * 64).path == f"b/demo/{'a' * 12}"
-    for wrong, message in (("/x/{date}", "only {name}"), ("hf://org/model", "cannot be on the hub")):
+    for wrong, message in (
+        ("/x/{date}", "only {name}"),
+        ("/x/{name.first}", "only {name}"),
+        ("/x/{digest[first]}", "only {name}"),
+        ("/x/{", "only {name}"),
+        ("hf://org/model", "cannot be on the hub"),
+    ):
         with pytest.raises(InputError, match=message):
             resolve(wrong, "demo", "a" * 64)
 

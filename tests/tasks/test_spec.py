@@ -47,6 +47,11 @@ def test_overrides(file) -> None:
     assert spec.publish.alias == "candidate"
 
 
+def test_an_override_that_is_no_yaml_is_text(file) -> None:
+    spec = load_spec(file, ["publish.destination={name}-{digest}"])
+    assert spec.publish.destination == str(file.parent / "{name}-{digest}")
+
+
 def test_ranks_of_all_sizes(file) -> None:
     """Experts lie on the ranks that are there; a check has as few as hold both kinds of layers."""
     sizes = {"tensor_model": 2, "pipeline_model": 3, "context": 2, "expert_model": 4, "data": 5}
@@ -84,6 +89,11 @@ def test_paths_among_the_overrides_are_taken_from_the_specs_folder(file) -> None
         ("train.parallel.context_parallel_size=0", "train.parallel.context_parallel_size is 0"),
         ("publish.alias=latest", "choose another alias"),
         ("name=A B", 'name is "A B"'),
+        ("name=2026-13-45x: y: [", 'name is "2026-13-45x: y: ["'),
+        ("check.max_loss_increase=Infinity", "check.max_loss_increase is Infinity"),
+        ("publish.registered_model=team/model", 'publish.registered_model is "team/model"'),
+        ("publish.registered_model=o'hara", 'publish.registered_model is "o\'hara"'),
+        ("publish.max_shard_size=0GB", 'publish.max_shard_size is "0GB"'),
         ("name.first=x", "'name' is a value, not a section"),
         ("name", "has no '='"),
     ],
@@ -98,7 +108,15 @@ def test_bad_overrides(file, override, message) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("[1]", "holds list"), ("a: [", "neither YAML nor JSON"), ("name: tiny", "source is missing")],
+    [
+        ("[1]", "holds list"),
+        ("a: [", "neither YAML nor JSON"),
+        ("a: 2026-13-45", "neither YAML nor JSON: month must be"),
+        ("2026-01-02: a", "neither YAML nor JSON: keys must be str"),
+        ("a: &a [*a]", "neither YAML nor JSON: Circular"),
+        ("[" * 5000, "neither YAML nor JSON: maximum recursion"),
+        ("name: tiny", "source is missing"),
+    ],
 )
 def test_bad_files(tmp_path, text, message) -> None:
     path = tmp_path / "spec.yaml"
