@@ -1,12 +1,19 @@
 """The step that tokenises the text into Megatron's indexed format, with documents held out."""
 
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
+from bridge.errors import InputError
 from tasks.artifact import Artifact, Kind, fingerprint
 from tasks.spec import DatasetSpec, ReleaseSpec
 from tasks.step import Artifacts, Step, StepContext
 from training.corpus import Corpus
+
+SECRET_PARAMETER = re.compile(
+    r"token|signature|secret|password|credential|api_?key|^(sig|key|auth)$", re.IGNORECASE
+)
 
 
 def build(spec: ReleaseSpec, artifacts: Artifacts, folder: Path, context: StepContext) -> dict[str, Any]:
@@ -38,12 +45,24 @@ def config(spec: ReleaseSpec, artifacts: dict[str, Artifact]) -> dict[str, Any]:
 
 def text_identity(dataset: DatasetSpec) -> dict[str, Any]:
     """Say which text the spec means right now, without reading it; a missing path is an InputError."""
+    refuse_tokens(dataset.inputs)
     files = list(Corpus(dataset.inputs, dataset.exclude).files())
     return {
         "files": len(files),
         "bytes": sum(file.nbytes for file in files),
         "state": fingerprint({"files": [(file.path, file.nbytes, file.stamp) for file in files]}),
     }
+
+
+def refuse_tokens(inputs: list[str]) -> None:
+    """Refuse addresses that carry a token or a signature: spec, job file and release.json would show it."""
+    for each in inputs:
+        names = parse_qs(urlsplit(each).query, keep_blank_values=True) if "://" in each else {}
+        if found := [name for name in names if SECRET_PARAMETER.search(name)]:
+            raise InputError(
+                f"an address of dataset.inputs has the parameter {found[0]}, a secret that the release's"
+                " records would show: fetch the text first, or give credentials by the environment"
+            )
 
 
 STEP = Step(

@@ -2,16 +2,18 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bridge.errors import InputError
+from bridge.errors import BridgeworksError, InputError
 from training.documents import FORMATS, Fault, Piece, format_of, read_piece
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".ndjson", ".parquet")
 COMPRESSED_SUFFIXES = (".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".txt.gz", ".txt.zst")
+HTTP_VERSIONS = ("ETag", "Content-MD5", "Last-Modified")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,20 @@ class Corpus:
     def _wanted(self, path: Path) -> bool:
         return not set(path.parts) & set(self.exclude)
 
-    def _remote(self, given: str) -> Iterator[TextFile]:
+    def _remote(self, given: str) -> list[TextFile]:
+        if re.match(r"[^/]*://[^/]*@", given):
+            raise InputError(
+                "an address of text may hold no user or password: give credentials by the environment, or"
+                " fetch the text first"
+            )
+        try:
+            return list(self._below_address(given))
+        except InputError:
+            raise
+        except Exception as error:  # each kind of store raises what its own library does
+            raise _unusable(given, error) from error
+
+    def _below_address(self, given: str) -> Iterator[TextFile]:
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(given)
@@ -109,6 +124,15 @@ def _local_file(path: Path) -> TextFile:
 
 
 def _remote_file(filesystem: Any, path: str) -> TextFile:
-    return TextFile(
-        filesystem.unstrip_protocol(path), int(filesystem.size(path) or 0), str(filesystem.ukey(path))
-    )
+    about = filesystem.info(path)
+    # of a URL, fsspec's own key is the URL alone
+    versions = [str(about[name]) for name in HTTP_VERSIONS if name in about]
+    stamp = " ".join([str(filesystem.ukey(path)), *versions])
+    return TextFile(filesystem.unstrip_protocol(path), int(about["size"] or 0), stamp)
+
+
+def _unusable(given: str, error: Exception) -> BridgeworksError:
+    text = " ".join(str(error).split())[:300]
+    message = f"cannot read text at {given}: {type(error).__name__}: {text}"
+    wrong = isinstance(error, ImportError | ValueError | FileNotFoundError | PermissionError)
+    return InputError(message) if wrong else BridgeworksError(message)

@@ -55,6 +55,9 @@ def test_good_spec_passes_and_writes_nothing(tmp_path, source) -> None:
         ("source.uri=/no/such/folder", "no such folder: /no/such/folder"),
         ("source.uri=ftp://host/model", "unknown kind of address ftp:"),
         ("dataset.inputs=[/no/such/text]", "no such text file or folder: /no/such/text"),
+        ("dataset.inputs=[ftq://host/text]", "cannot read text at ftq://host/text: ValueError: Protocol not"),
+        ("dataset.inputs=['https://me:pass@host/text']", "an address of text may hold no user or password"),
+        ("dataset.inputs=['https://host/a?x=1&X-Amz-Signature=5']", "has the parameter X-Amz-Signature"),
         ("publish.destination=hf://a/b", "cannot be on the hub"),
     ],
 )

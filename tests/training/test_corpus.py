@@ -1,8 +1,12 @@
 import json
+import os
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from bridge.errors import InputError
+from bridge.errors import BridgeworksError, InputError
 from training.corpus import Corpus
 
 
@@ -47,3 +51,24 @@ def test_bad_text_is_named(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         list(Corpus([str(tmp_path / name)]).documents())
+
+
+def test_text_at_an_address_is_known_by_its_version(tmp_path):
+    """Text that was written again is told from the old, also of the same size; no server is one line."""
+    text = tmp_path / "a.txt"
+    text.write_text("one")
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        corpus = Corpus([f"http://127.0.0.1:{server.server_port}/a.txt"])
+        (before,) = corpus.files()
+        assert list(corpus.documents()) == ["one"]
+        assert [before] == list(corpus.files())
+        text.write_text("two")
+        os.utime(text, (1, 1))
+        (after,) = corpus.files()
+        server.shutdown()
+    assert (after.path, after.nbytes) == (before.path, before.nbytes)
+    assert after.stamp != before.stamp
+    with pytest.raises(BridgeworksError, match=r"cannot read text at http://127.*: ClientConnectorError"):
+        list(corpus.files())
