@@ -47,7 +47,7 @@ def describe_train_split(config: ConfigContainer) -> list[dict[str, Any]]:
     if not (config.dataset.blend or config.dataset.blend_per_split):
         return []
     digests = {
-        str(dataset.prefix(split)): record["sha256"]
+        str(dataset.folder / split): record["sha256"]
         for dataset in find_datasets(config.dataset).values()
         for split, record in dataset.record["splits"].items()
     }

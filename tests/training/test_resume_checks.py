@@ -46,6 +46,15 @@ def test_a_dataset_may_move_but_not_change(tiny_config, checkpoint, dataset, tmp
         check_resume(config, checkpoint)
 
 
+def test_one_split_of_a_folder_is_known_by_its_own_file(tiny_config, dataset):
+    names = ("valid", "train")
+    per_split = {"train": [f"{dataset}/{name}" for name in names], "valid": [f"{dataset}/test"]}
+    config = tiny_config(**{"dataset.blend": [], "dataset.blend_per_split": per_split}).validate(1)
+    splits = json.loads((dataset / "dataset.json").read_text())["splits"]
+    expected = [(f"{dataset}/{name}", splits[name]["sha256"][f"{name}.bin"]) for name in names]
+    assert [(each["path"], each["sha256"]) for each in describe_data(config)["train"]] == expected
+
+
 def test_other_weights_of_a_blend_are_refused(tiny_config, checkpoint, dataset, tmp_path):
     copied = shutil.copytree(dataset, tmp_path / "copied")
 
