@@ -123,6 +123,12 @@ def check_experts(config: "ConfigContainer") -> None:
             "model.moe_router_load_balancing_type sinkhorn balances without a loss: set"
             " model.moe_aux_loss_coeff to 0"
         )
+    sent = model.tensor_model_parallel_size * model.expert_model_parallel_size > 1
+    if model.num_moe_experts and model.moe_token_dispatcher_type == "flex" and not sent:
+        raise ConfigError(
+            "model.moe_token_dispatcher_type flex sends tokens between ranks: choose a tensor or expert"
+            " parallel size above 1, or alltoall"
+        )
 
 
 def check_optimizer(config: "ConfigContainer") -> None:

@@ -39,6 +39,12 @@ LOSS_SCALE_FIELDS = ("loss_scale", "initial_loss_scale", "min_loss_scale", "loss
 def transformer_settings(config: ConfigContainer) -> TransformerConfig:
     """Return the config of the model's modules: what the model is, and how this run computes it."""
     transformer_engine = uses_transformer_engine(config.model)
+    flex = config.model.num_moe_experts and config.model.moe_token_dispatcher_type == "flex"
+    if flex and importlib.util.find_spec("deep_ep") is None:
+        raise ConfigError(
+            "model.moe_token_dispatcher_type flex needs the package deep_ep, which is not here: choose"
+            " alltoall"
+        )
     settings = run_settings(config.model, transformer_engine)
     if settings["gradient_accumulation_fusion"]:
         wgrad_fusion.install()

@@ -161,6 +161,11 @@ def test_unknown_names_are_refused(value, message):
             "scheduler.lr_warmup_init is for a warm-up",
         ),
         ({"tokenizer.vocab_size": 10**7}, 1, "tokenizer.vocab_size is 10000000: give at most the model's"),
+        (
+            {"model.num_moe_experts": 8, "model.moe_token_dispatcher_type": "flex"},
+            1,
+            "flex sends tokens between ranks",
+        ),
         ({"model.qk_layernorm_scope": "all"}, 1, "allowed are head, layer"),
         ({"model.moe_router_score_function": "tanh"}, 1, "allowed are softmax, sigmoid"),
         ({"model.moe_router_dtype": "bf16"}, 1, "allowed are null, fp32, fp64"),
