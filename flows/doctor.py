@@ -1,5 +1,6 @@
 """Whether this machine can do the work: one finding each, with what to do about it."""
 
+import http.client
 import importlib.metadata
 import os
 import shutil
@@ -59,7 +60,7 @@ def check_python() -> Finding:
 def check_torch() -> Finding:
     probe = subprocess.run([sys.executable, "-c", TORCH_PROBE], capture_output=True, text=True, timeout=120)
     if probe.returncode:
-        last = probe.stderr.strip().splitlines()[-1]
+        last = (probe.stderr.strip().splitlines() or [f"exit code {probe.returncode}"])[-1]
         return Finding(
             "torch", MISSING, f"import fails: {last}", "install the environment anew: make clean test"
         )
@@ -147,7 +148,7 @@ def _reach(what: str, address: str, url: str, variable: str) -> Finding:
     try:
         with urllib.request.urlopen(url, timeout=SECONDS):
             return Finding(what, OK, f"answers at {shown}")
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else type(error).__name__
         advice = f"start it, or unset {variable} to run without"
         return Finding(what, MISSING, f"no answer at {shown}: {reason}", advice)

@@ -342,15 +342,16 @@ def test_train_refuses_what_is_no_dataset(tmp_path: Path) -> None:
     check_refused(run("train", "llama32_1b_pretrain_config", *arguments), "dataset.json")
 
 
-def test_doctor_prints_no_secret(tmp_path: Path) -> None:
+@pytest.mark.parametrize("port", [":9", ""])
+def test_doctor_prints_no_secret(port: str, tmp_path: Path) -> None:
     secrets = {
         "AWS_ACCESS_KEY_ID": "AKIAVERYSECRET",
         "AWS_SECRET_ACCESS_KEY": "swordfish",
         "HF_TOKEN": "hf_swordfish",
     }
     addresses = {
-        "PREFECT_API_URL": "http://me:swordfish@127.0.0.1:9/api",
-        "MLFLOW_TRACKING_URI": "http://me:swordfish@127.0.0.1:9",
+        "PREFECT_API_URL": f"http://me:swordfish@127.0.0.1{port}/api",
+        "MLFLOW_TRACKING_URI": f"http://me:swordfish@127.0.0.1{port}",
     }
     result = run("doctor", "--workspace", tmp_path, "--json", **secrets, **addresses)
     assert result.returncode == 1
