@@ -121,7 +121,9 @@ def show_result(result: dict[str, Any]) -> None:
     print_table(("step", "time", "verdict", "artifact"), rows, title=f"{result['name']}: {total:.0f} s")
     release = result["release"]
     version = f", version {release['version']}" if release["version"] else ""
-    print(f"\nRelease: {shortened(Path(release['address']))} (model {release['model']}{version} in MLflow)")
+    address = release["address"]
+    shown = address if "://" in address else shortened(Path(address))
+    print(f"\nRelease: {shown} (model {release['model']}{version} in MLflow)")
     for problem in result["problems"]:
         print(f"warning: MLflow: {problem}")
     for line in page_lines(result["identifiers"]):

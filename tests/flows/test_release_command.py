@@ -11,6 +11,7 @@ from checkpoints import make_hf_checkpoint
 from mlflow import MlflowClient
 from small_release import OVERRIDES, SECRETS, run, seconds_of, write_spec
 
+from flows.show_release import show_result
 from tasks.chain import CHAIN
 
 STEPS = [step.name for step in CHAIN]
@@ -79,6 +80,12 @@ def test_audit(small_release: Path) -> None:
     shown = run("audit", "show", release).stdout
     assert "verify.logits" in shown
     assert run("audit", "diff", release, release).stdout.startswith("no difference")
+
+
+def test_a_release_in_a_bucket_is_shown_by_its_address(capsys: pytest.CaptureFixture[str]) -> None:
+    release = {"address": "s3://models/small", "model": "small", "version": "1"}
+    show_result({"name": "small", "steps": [], "release": release, "problems": [], "identifiers": {}})
+    assert "Release: s3://models/small (model small, version 1 in MLflow)" in capsys.readouterr().out
 
 
 def test_the_release_is_registered_by_reference(small_release: Path) -> None:
