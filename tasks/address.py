@@ -10,6 +10,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 
 from bridge.errors import BridgeworksError, InputError
 from tasks.errors import StoreError
+from training.config_paths import expanded
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -43,7 +44,7 @@ def parse_address(text: str) -> Address:
     """Read an address; the InputError of a wrong one does not repeat a secret that it may hold."""
     scheme, separator, rest = text.partition("://")
     if not separator:
-        return Address("file", str(Path(text).expanduser().absolute()))
+        return Address("file", str(Path(expanded(text)).absolute()))
     if scheme == "s3":
         return _bucket_address(rest)
     if scheme == "hf":

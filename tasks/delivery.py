@@ -48,6 +48,8 @@ def check_destination(spec: ReleaseSpec) -> None:
     present = read_release(address)
     if present and present.spec != spec.model_dump(mode="json"):
         raise InputError(_taken(address, present))
+    if address.scheme == "file" and not present:
+        _refuse_taken_folder(Path(address.path))
 
 
 def read_release(address: Address) -> Release | None:
@@ -78,10 +80,14 @@ def _taken(address: Address, present: Release) -> str:
     )
 
 
-def _write_folder(release: Release, files: dict[str, Path], address: Address, on_progress: Progress) -> None:
-    place = Path(address.path)
+def _refuse_taken_folder(place: Path) -> None:
     if place.exists():
         raise InputError(f"{place} exists and is no release: choose another publish.destination or remove it")
+
+
+def _write_folder(release: Release, files: dict[str, Path], address: Address, on_progress: Progress) -> None:
+    place = Path(address.path)
+    _refuse_taken_folder(place)
     partial = place.with_name(f"{place.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -202,6 +202,15 @@ class ReleaseSpec(Section):
     check: CheckSpec = CheckSpec()
     publish: PublishSpec
 
+    @field_validator("workspace", mode="before")
+    @classmethod
+    def _workspace_is_here(cls, workspace: Any) -> Any:
+        if "://" in str(workspace):
+            raise ValueError(
+                "an address, and artifacts, logs and locks need a disk: give a folder of this machine"
+            )
+        return workspace
+
 
 def load_spec(path: str | Path, overrides: list[str] | None = None) -> ReleaseSpec:
     """Read a spec from YAML or JSON and apply overrides such as `check.num_prompts=2`.
@@ -298,7 +307,7 @@ def absolute(spec: ReleaseSpec, folder: Path) -> ReleaseSpec:
     """Return the spec with every relative path taken from `folder`."""
     return spec.model_copy(
         update={
-            "workspace": folder / spec.workspace.expanduser(),
+            "workspace": Path(anchored(str(spec.workspace), folder)),
             "source": spec.source.model_copy(update={"uri": anchored(spec.source.uri, folder)}),
             "dataset": spec.dataset.model_copy(
                 update={"inputs": [anchored(text, folder) for text in spec.dataset.inputs]}

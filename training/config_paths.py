@@ -41,7 +41,12 @@ def make_paths_absolute(config: "ConfigContainer", folder: Path) -> None:
 
 def anchored(path: str, folder: Path) -> str:
     """Return a relative path as one below `folder`; an address stays as it is."""
-    return path if "://" in path else str(folder / Path(path).expanduser())
+    return path if "://" in path else str(folder / expanded(path))
+
+
+def expanded(path: str) -> str:
+    """Return a path with ~ replaced; of a user that is unknown it stays, where `Path` would raise."""
+    return os.path.expanduser(path)  # noqa: PTH111
 
 
 def check_tokenizer(config: "ConfigContainer") -> None:

@@ -92,6 +92,8 @@ def test_refuses_a_place_with_other_files(destination: str, tmp_path: Path) -> N
     address = parse_address(destination)
     if address.scheme == "file":
         Path(address.path).mkdir(parents=True)
+        with pytest.raises(InputError, match="choose another"):
+            check_destination(spec(destination))
     else:
         s3().pipe(address.join("thesis.txt"), b"years of work")
     release, files = make(tmp_path / "made")

@@ -59,6 +59,12 @@ def test_good_spec_passes_and_writes_nothing(tmp_path, source) -> None:
         ("dataset.inputs=['https://me:pass@host/text']", "an address of text may hold no user or password"),
         ("dataset.inputs=['https://host/a?x=1&X-Amz-Signature=5']", "has the parameter X-Amz-Signature"),
         ("publish.destination=hf://a/b", "cannot be on the hub"),
+        ("publish.destination=.", "exists and is no release: choose another"),
+        ("publish.destination=text.txt/{digest}", "text.txt is no folder that can be written to"),
+        ("workspace=text.txt", "text.txt is no folder that can be written to"),
+        ("workspace=s3://bucket/work", "give a folder of this machine"),
+        ("source.uri=~nobody-at-all/model", "no such folder: "),
+        ("workspace=text.txt/~nobody-at-all", "text.txt is no folder that can be written to"),
     ],
 )
 def test_bad_specs(tmp_path, monkeypatch, source, change, message) -> None:
