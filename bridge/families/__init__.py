@@ -3,13 +3,19 @@
 import importlib
 import pkgutil
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridge.config_rules import check_types
-from bridge.errors import UnsupportedModelError
+from bridge.errors import ConfigError, UnsupportedModelError
 from bridge.family import Family
 from bridge.mapping import WeightPlan
 from bridge.provider import GPTModelProvider
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+GROUP = "bridgeworks.families"
+"""The entry points by which packages offer families."""
 
 OTHER_NAMES = {"kimi_k2": "deepseek_v3"}
 """Names that released models have instead of their family's, by which other programs tell them apart."""
@@ -19,7 +25,8 @@ OTHER_NAMES = {"kimi_k2": "deepseek_v3"}
 def families() -> dict[str, Family]:
     """Return every family by model_type: those of this folder and those of installed packages.
 
-    A package offers one by an entry point in the group "bridgeworks.families" that names a `Family`.
+    A package offers one by an entry point in GROUP that names a `Family`. One that cannot be loaded, or that
+    is there already, is a ConfigError.
     """
     from importlib.metadata import entry_points  # a tenth of what a conversion has to import
 
@@ -27,8 +34,32 @@ def families() -> dict[str, Family]:
         importlib.import_module(f"{__name__}.{module.name}").FAMILY
         for module in pkgutil.iter_modules(__path__)
     ]
-    found = [*own, *(entry.load() for entry in entry_points(group="bridgeworks.families"))]
-    return {family.model_type: family for family in sorted(found, key=lambda f: f.model_type)}
+    found = {family.model_type: family for family in own}
+    for entry in entry_points(group=GROUP):
+        family = _load(entry)
+        if family.model_type in found:
+            raise ConfigError(
+                f"{_origin(entry)} offers a family {family.model_type!r}, but there is one: remove either"
+            )
+        found[family.model_type] = family
+    return dict(sorted(found.items()))
+
+
+def _load(entry: "EntryPoint") -> Family:
+    try:
+        family = entry.load()
+    except Exception as error:  # whatever a module raises that somebody else wrote
+        raise ConfigError(
+            f"{_origin(entry)} cannot be loaded: {type(error).__name__}: {error}; mend or remove the package"
+        ) from error
+    if not isinstance(family, Family):
+        raise ConfigError(f"{_origin(entry)} is no bridge.family.Family, but {type(family).__name__}")
+    return family
+
+
+def _origin(entry: "EntryPoint") -> str:
+    package = entry.dist.name if entry.dist else "an installed package"
+    return f"{GROUP} {entry.value} of {package}"
 
 
 def family_named(model_type: str) -> Family:

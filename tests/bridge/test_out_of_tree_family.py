@@ -54,6 +54,32 @@ def test_it_is_one_of_the_families(environment: dict[str, str], tmp_path: Path) 
     assert re.search(r"^seed_oss .* by its own package$", run(), re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (
+            "raise RuntimeError('too old')",
+            "cannot be loaded: RuntimeError: too old; mend or remove the package",
+        ),
+        ("FAMILY = 'a family'", "is no bridge.family.Family, but str"),
+        ("from bridge.families.llama import FAMILY", "offers a family 'llama', but there is one"),
+    ],
+)
+def test_a_package_that_offers_none_is_named(module: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "others.py").write_text(f"{module}\n")
+    (tmp_path / "others-1.dist-info").mkdir()
+    (tmp_path / "others-1.dist-info" / "METADATA").write_text("Name: others\nVersion: 1\n")
+    (tmp_path / "others-1.dist-info" / "entry_points.txt").write_text(
+        "[bridgeworks.families]\nothers = others:FAMILY\n"
+    )
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "flows.cli", "families"]
+    result = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: bridgeworks.families others:FAMILY of others {said}")
+    assert result.stderr.count("\n") == 1
+
+
 def test_its_own_test_passes(environment: dict[str, str], package: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
     result = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)
