@@ -308,6 +308,14 @@ ROPE_TYPES: dict[str, Any] = {
 """What the values of rope parameters must be; all others are numbers."""
 
 
+def _positive(key: str, given: float | None, config: Config, default: float) -> float:
+    """Return a rope parameter, which early configs have beside the others, or refuse what turns nothing."""
+    value = next(v for v in (given, config.get(key), default) if v is not None)
+    if value <= 0:
+        raise UnsupportedModelError(f"config.json has {key} {value}: give a number above 0")
+    return float(value)
+
+
 @dataclass(frozen=True)
 class Rope(ConfigRule):
     """Rotary embedding: `rope_parameters`, or `rope_theta` and `rope_scaling` before transformers 5.
@@ -349,10 +357,10 @@ class Rope(ConfigRule):
         check_types(given, {key: ROPE_TYPES.get(key, float) for key in given}, f"{ROPE}.")
         kind = given.pop("rope_type", None) or given.get("type", "default")
         given.pop("type", None)  # some checkpoints spell it both ways
-        theta = float(given.pop("rope_theta", None) or config.get("rope_theta") or self.theta)
+        theta = _positive("rope_theta", given.pop("rope_theta", None), config, self.theta)
         fields = {}
         if self.partial is not None:
-            fields["rotary_percent"] = float(given.pop(PARTIAL, None) or config.get(PARTIAL) or self.partial)
+            fields["rotary_percent"] = _positive(PARTIAL, given.pop(PARTIAL, None), config, self.partial)
         if kind not in self.types:
             raise UnsupportedModelError(
                 f"config.json has rope type {kind!r}: this family supports {', '.join(self.types)}"

@@ -16,6 +16,7 @@ from transformers.models.nemotron.modeling_nemotron import NemotronRotaryEmbeddi
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from bridge import distributed
+from bridge.config_rules import Rope
 from bridge.errors import UnsupportedModelError
 from bridge.families import provider_of
 from bridge.model_hooks import position_scale, query_positions
@@ -114,6 +115,15 @@ def test_unknown_rope_type_is_refused() -> None:
         UnsupportedModelError, match="unknown rope type 'spiral': allowed are default, linear"
     ):
         inverse_frequencies(provider)
+
+
+def test_a_rope_that_turns_nothing_is_refused() -> None:
+    sizes = {"max_position_embeddings": 64}
+    for config in ({"rope_theta": 0}, {"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}}):
+        with pytest.raises(UnsupportedModelError, match=r"rope_theta (0|-1.0): give a number above 0"):
+            Rope().read({**sizes, **config})
+    with pytest.raises(UnsupportedModelError, match="partial_rotary_factor 0: give a number above 0"):
+        Rope(partial=0.5).read({**sizes, "partial_rotary_factor": 0})
 
 
 def test_longrope_follows_the_length_of_each_sequence(process_group: None) -> None:
