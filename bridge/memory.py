@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from bridge.errors import ConfigError
@@ -10,6 +11,8 @@ from bridge.sizes import Size, parse_size
 DEFAULT_LIMIT = "1GiB"
 # Of the interpreter and the command line, before a conversion begins.
 INTERPRETER = 64 << 20
+# A process that has torch loaded takes so much more when it ends: its libraries look at what they had.
+END_OF_TORCH = 128 << 20
 MIB = 1 << 20
 MIN_BUFFER_SIZE = 16 << 10
 # Working memory of a thread that computes; measured: larger parts are not faster.
@@ -28,6 +31,7 @@ class MemoryLimit:
     def __init__(self, limit: Size) -> None:
         self.limit = parse_size(limit, "max_memory")
         self._before, self._peak_before = resident_bytes(), peak_bytes()
+        self._had_torch = "torch" in sys.modules
 
     def share(self, workers: int, least: int, most: int) -> tuple[int, int]:
         """Share what is left now between workers: return how many there can be and the bytes of each.
@@ -35,7 +39,8 @@ class MemoryLimit:
         Each gets between `least` and `most`; if not even one can have `least`, that is a ConfigError.
         """
         used = INTERPRETER + max(0, resident_bytes() - self._before)
-        needed = max(used + least, self._peak_until_now())
+        ending = END_OF_TORCH if "torch" in sys.modules and not self._had_torch else 0
+        needed = max(used + max(least, ending), self._peak_until_now())
         if needed > self.limit:
             raise ConfigError(
                 f"max_memory is {self.limit / MIB:.0f} MiB: the smallest that works for this model is"
@@ -45,7 +50,7 @@ class MemoryLimit:
         return workers, min((self.limit - used) // workers, most)
 
     def _peak_until_now(self) -> int:
-        """Importing torch takes more for a moment than it keeps: measured, 640 MiB and 500 MiB."""
+        """Importing torch may take more for a moment than it keeps."""
         peak = peak_bytes()
         return INTERPRETER + peak - self._before if peak > self._peak_before else 0
 

@@ -35,14 +35,16 @@ def test_the_byte_path_keeps_to_its_memory(tmp_path: Path) -> None:
     assert compare_ledgers(ledger(source), ledger(tmp_path / "exported")).passed
 
 
-def test_says_how_much_memory_is_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [(), ("--dtype", "float32")], ids=["bytes", "torch"])
+def test_says_how_much_memory_is_enough(options: tuple[str, ...], tmp_path: Path) -> None:
     source = make_model(tmp_path / "hf", SMALL)
-    command = [sys.executable, "-m", "flows.cli", "import", source, tmp_path / "megatron"]
+    command = [sys.executable, "-m", "flows.cli", "import", source, tmp_path / "megatron", *options]
     tried = subprocess.run([*command, "--max-memory", "1MB"], capture_output=True, text=True)
     assert tried.returncode == 2
     assert "max_memory is 1 MiB: the smallest that works for this model is about" in tried.stderr
-    enough = tried.stderr.rpartition("about ")[2].split()[0]
-    assert convert("import", source, tmp_path / "megatron", "--max-memory", f"{int(enough) + 2}MiB").seconds
+    enough = int(tried.stderr.rpartition("about ")[2].split()[0]) + 2
+    measured = convert("import", source, tmp_path / "megatron", "--max-memory", f"{enough}MiB", *options)
+    assert measured.peak_mib <= enough
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron"]
 
 
