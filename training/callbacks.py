@@ -30,6 +30,8 @@ class Step:
     fault: Fault | None = None
     # seconds by part, as the stopwatch names them
     spans: dict[str, float] = field(default_factory=dict)
+    # of the experts' balance and of prediction layers, if the model has them
+    side_losses: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_skipped(self) -> bool:
@@ -156,6 +158,7 @@ def metrics_of(run: Run, step: Step) -> dict[str, Any]:
     return {
         "train_iters": train.train_iters,
         **({"loss": step.loss} if math.isfinite(step.loss) else {}),
+        **{name: loss for name, loss in step.side_losses.items() if math.isfinite(loss)},
         "learning_rate": step.learning_rate,
         **(
             {"grad_norm": step.grad_norm}

@@ -37,6 +37,7 @@ from training.pipeline import run_batch, sums_of_all_ranks
 from training.profiling import window_callbacks
 from training.run_lock import sole_run
 from training.setup import ForwardStep, Run, build_data, compute_capability, iterators, set_up
+from training.side_losses import side_losses
 from training.stopwatch import TimedData, timed_forward
 
 PLACES = {  # of a job, and where the config has them
@@ -198,6 +199,7 @@ def train_step(run: Run, data_iterators: list[Iterator[Batch]]) -> Step:
     run.iteration += 1
     run.consumed_samples += run.config.train.global_batch_size
     spans = run.stopwatch.read()
+    beside = side_losses(run.config.model, get_num_microbatches())
     return Step(
         loss=outcome.loss,
         learning_rate=learning_rate,
@@ -205,6 +207,7 @@ def train_step(run: Run, data_iterators: list[Iterator[Batch]]) -> Step:
         fault=outcome.fault,
         seconds=time.monotonic() - started,
         spans=spans,
+        side_losses=beside,
     )
 
 
