@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifact import Kind
+from tasks.code_version import COMPUTING
 from tasks.gates import LEDGER, check_config, check_digests, check_logits, conclude
 from tasks.spec import CheckSpec, ReleaseSpec
 from tasks.step import Artifacts, Step, StepContext
@@ -32,5 +33,5 @@ STEP = Step(
     config=lambda spec, artifacts: logits_config(spec.check),
     build=build,
     sources=("bridge", "tasks.gates", __name__),
-    distributions=("torch", "megatron-core", "transformers"),
+    distributions=(*COMPUTING, "transformers"),
 )

@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+# what computes in a job; the last one where there is a GPU
+COMPUTING = ("torch", "megatron-core", "transformer-engine")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -24,12 +26,15 @@ def source_digest(name: str) -> str:
 
 
 @functools.cache
-def installed_version(distribution: str) -> str:
-    """Return the version of an installed distribution, from its metadata alone."""
-    return importlib.metadata.version(distribution)
+def installed_version(distribution: str) -> str | None:
+    """Return the version of a distribution, from its metadata alone; None if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
-def code_record(sources: tuple[str, ...], distributions: tuple[str, ...]) -> dict[str, dict[str, str]]:
+def code_record(sources: tuple[str, ...], distributions: tuple[str, ...]) -> dict[str, dict[str, str | None]]:
     """Return what identifies the code of a step in its fingerprint."""
     return {
         "sources": {name: source_digest(name)[:16] for name in sources},
@@ -54,7 +59,7 @@ def code_version() -> dict[str, Any]:
         },
         "versions": {
             name: installed_version(name)
-            for name in ("torch", "megatron-core", "transformers", "safetensors", "prefect", "mlflow")
+            for name in (*COMPUTING, "transformers", "safetensors", "prefect", "mlflow")
         },
     }
 

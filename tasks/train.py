@@ -9,6 +9,7 @@ from bridge.megatron_checkpoint import read_model
 from bridge.provider import GPTModelProvider
 from recipes.registry import recipe_named
 from tasks.artifact import Kind
+from tasks.code_version import COMPUTING
 from tasks.metrics_follower import MetricsFollower
 from tasks.plan import flatten
 from tasks.restart import run_with_restarts
@@ -114,6 +115,6 @@ STEP = Step(
     config=config,
     build=build,
     sources=("bridge", "training", __name__),
-    distributions=("torch", "megatron-core"),
+    distributions=COMPUTING,
     resumable=True,
 )

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.artifact import Kind
+from tasks.code_version import COMPUTING
 from tasks.gates import (
     LEDGER,
     check_config,
@@ -46,5 +47,5 @@ STEP = Step(
     config=lambda spec, artifacts: spec.check.model_dump(mode="json"),
     build=build,
     sources=("bridge", "training", "tasks.gates", __name__),
-    distributions=("torch", "megatron-core", "transformers"),
+    distributions=(*COMPUTING, "transformers"),
 )
