@@ -49,8 +49,9 @@ def _load(entry: "EntryPoint") -> Family:
     try:
         family = entry.load()
     except Exception as error:  # whatever a module raises that somebody else wrote
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
-            f"{_origin(entry)} cannot be loaded: {type(error).__name__}: {error}; mend or remove the package"
+            f"{_origin(entry)} cannot be loaded: {reason}; mend or remove the package"
         ) from error
     if not isinstance(family, Family):
         raise ConfigError(f"{_origin(entry)} is no bridge.family.Family, but {type(family).__name__}")
