@@ -1,5 +1,6 @@
 """Starts and ends the process group of a job, from torchrun's environment or as a single process."""
 
+import gc
 import os
 import random
 
@@ -80,6 +81,20 @@ def finalize() -> None:
         distributed.destroy_process_group()
 
 
+def leave_model_parallel() -> None:
+    """Give up Megatron Core's groups, so that this process can build a model in another layout; all ranks.
+
+    Megatron's destroy_model_parallel only forgets them. Those of gloo then keep three threads each, one of
+    which wakes up a hundred times a second, and those of NCCL their memory.
+    """
+    distributed.barrier()  # none may leave while another one still waits for its last message
+    parallel_state.destroy_model_parallel()
+    gc.collect()
+    for group in list(distributed.distributed_c10d._world.pg_map):
+        if group is not distributed.group.WORLD:
+            distributed.destroy_process_group(group)
+
+
 def check_world_size(provider: GPTModelProvider) -> None:
     ranks = distributed.get_world_size()
     for names, size in (
@@ -111,5 +126,5 @@ def check_same_sizes(provider: GPTModelProvider) -> None:
         if getattr(provider, name) != running:
             raise ConfigError(
                 f"{name} is {getattr(provider, name)}, but this process already runs with {running}:"
-                " call megatron.core.parallel_state.destroy_model_parallel() before building another"
+                " call bridge.distributed.leave_model_parallel() before building another"
             )

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 from attention_formula import SHAPES, config, inputs, plain_attention
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.transformer.enums import AttnMaskType
 
 from bridge import distributed
 from bridge.core_attention import CoreAttention, positions_of_rank
+from bridge.distributed import leave_model_parallel
 from bridge.provider import GPTModelProvider
 
 CASES: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def measure(layout: str, softcap: float | None = None, **values: Any) -> float:
     pairs = [(found, part(expected)), *((a.grad, part(b.grad)) for a, b in zip(leaves, whole, strict=True))]
     difference = torch.stack([(a - b).abs().max() for a, b in pairs]).max()
     torch.distributed.all_reduce(difference, torch.distributed.ReduceOp.MAX)
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     return difference.item()
 
 

@@ -7,6 +7,7 @@ import torch
 from megatron.core import parallel_state
 
 from bridge.core_attention import positions_of_rank
+from bridge.distributed import leave_model_parallel
 from bridge.families import provider_of
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.live_weights import load_hf_weights
@@ -48,5 +49,5 @@ def loss_and_gradients(hf: Path, ranks: int) -> tuple[torch.Tensor, dict[str, to
     losses = model(TOKENS[:, positions], positions[None], None, labels=LABELS[:, positions])
     losses.sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     return losses.sum().detach(), gradients

@@ -4,10 +4,10 @@ from typing import Any
 
 import torch
 from bridge_jobs.layouts_job import LABELS, TOKENS, forward_step
-from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from bridge.distributed import leave_model_parallel
 from bridge.provider import GPTModelProvider
 
 DOWN_PROJECTION = "linear_kv_down_proj.weight"
@@ -57,7 +57,7 @@ def gradients(
         micro_batch_size=1,
         forward_only=False,
     )
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     return (
         {name: parameter.main_grad.clone() for name, parameter in parameters.items()},
         {name: parameter.detach().clone() for name, parameter in parameters.items()},

@@ -7,13 +7,13 @@ from typing import Any
 import prediction_losses
 import torch
 from checkpoints import as_stored
-from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bridge.distributed import leave_model_parallel
 from bridge.families import provider_of
 from bridge.hf_checkpoint import HfCheckpoint
 from bridge.live_checkpoint import load_checkpoint
@@ -64,7 +64,7 @@ def measure(hf: Path, megatron: Path, layout: dict[str, Any]) -> dict[str, Any]:
     result["gradients"] = gradient_difference(checkpoint, laid_out(checkpoint, layout, "float32"))
     if provider.virtual_pipeline_model_parallel_size is None:
         result["max_abs"] = largest_difference(checkpoint, laid_out(checkpoint, layout, "float32"))
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     return result
 
 

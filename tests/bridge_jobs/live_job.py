@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.utils import unwrap_model
 from safetensors.torch import load_file
 
 from bridge import AutoBridge, restricted_load
+from bridge.distributed import leave_model_parallel
 from bridge.errors import BridgeworksError
 from bridge.live_checkpoint import load_checkpoint, load_model_state, model_state
 from bridge.live_weights import HfWeights, export_hf_weights
@@ -46,7 +47,7 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
         checks["saves"] = saves(bridge, chunks, Path(config["output"]) / layout, expected)
         report[layout] = [name for name, passed in checks.items() if everywhere(passed)]
         report[f"{layout} error"] = message_of(partial(load_checkpoint, chunks, damaged))
-        parallel_state.destroy_model_parallel()
+        leave_model_parallel()
     return report
 
 

@@ -5,9 +5,9 @@ import itertools
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from training_jobs.spoiled import spoiled_step
 
+from bridge.distributed import leave_model_parallel
 from bridge.errors import DivergenceError
 from training import checkpoint
 from training.config import ConfigContainer
@@ -25,11 +25,11 @@ def main(config: dict[str, Any]) -> dict[str, Any]:
 
 def in_turn(function: Any, job: dict[str, Any]) -> dict[str, Any]:
     try:
-        return function(ConfigContainer.from_dict(job["config"]), spoiled_step(*job["spoil"]))
-    except DivergenceError as error:
-        return {"error": str(error)}
-    finally:
-        parallel_state.destroy_model_parallel()
+        result = function(ConfigContainer.from_dict(job["config"]), spoiled_step(*job["spoil"]))
+    except DivergenceError as error:  # of all ranks
+        result = {"error": str(error)}
+    leave_model_parallel()
+    return result
 
 
 def run(config: ConfigContainer, forward_step: Any) -> dict[str, Any]:

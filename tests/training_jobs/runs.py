@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.core import parallel_state
-
+from bridge.distributed import leave_model_parallel
 from training import gpt_step
 from training.config import ConfigContainer
 from training.evaluate import evaluate
@@ -37,5 +36,5 @@ def train(config: dict[str, Any], resume_from: str | None = None) -> dict[str, A
 def in_turn(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """Call a function that starts Megatron Core, and leave the process group to the next one."""
     result = function(*arguments)
-    parallel_state.destroy_model_parallel()
+    leave_model_parallel()
     return result
